@@ -1,0 +1,68 @@
+"""What every command of lcx shares: its arguments, its exit status, its one line for a mistake."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from lcx.registry import UserError, unknown
+
+REHEARSAL_DEVICES = 8
+
+
+def prepare_platform() -> None:
+    """Gives a host without accelerators virtual devices, before anything asks for the first one.
+
+    `JAX_NUM_CPU_DEVICES` states another number. Virtual devices share the host's cores and can be late to a collective
+    by minutes, so the rendezvous is told to wait.
+    """
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    if patience.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
+
+
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The parsed arguments, and the config overrides `--config.a.b=value` as `a.b -> value`.
+
+    Raises:
+      UserError: an argument that is neither.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/tiny.py")
+    parser.add_argument("--workdir", default="", help="where the run keeps its files (default: runs/<config name>)")
+    overrides, rest, i = {}, [], 0
+    while i < len(argv):
+        if not argv[i].startswith("--config."):
+            rest.append(argv[i])
+        else:
+            name, equals, value = argv[i].removeprefix("--config.").partition("=")
+            if not equals:
+                i += 1
+                if i == len(argv) or argv[i].startswith("--"):
+                    raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
+                value = argv[i]
+            overrides[name] = value
+        i += 1
+    known, left = parser.parse_known_args(rest)
+    if left:
+        if left[0].partition("=")[0].startswith("config."):
+            raise UserError(f"{left[0]!r}: overrides start with two dashes, --{left[0]}")
+        raise unknown("argument", left[0], ["--config", "--config.<field>=VALUE", "--workdir"])
+    return known, overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `UserError`s."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def main(run: Callable[[list[str]], int | None]) -> None:
+    """Runs a command: exit 0 on success, 2 with one line on the user's mistake, 1 with a traceback on ours."""
+    try:
+        status = run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)

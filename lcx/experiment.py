@@ -1,0 +1,247 @@
+"""One experiment: the config resolved into typed blocks, checked as a whole, at full scale or in rehearsal."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import ml_collections
+
+from lcx import block, config, mesh, model, registry
+from lcx.data import DATASETS
+from lcx.data.config import DataConfig
+from lcx.dims import Sizes
+from lcx.ffn import FFNS
+from lcx.mixers import MIXERS
+from lcx.parallel import layouts
+from lcx.posenc import POSENCS
+from lcx.registry import UserError
+from lcx.train_loop import optimizer, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs to know, typed.
+
+    Attributes:
+      run, sequence, model, block, loss, data, optimizer, train, evaluate, checkpoint, track: the config's blocks.
+      mesh_sizes: devices along each mesh axis, with -1 resolved.
+      layout: of the token stream, resolved.
+      pattern: the layer kinds.
+      dataset: typed config of the chosen data source; None for sources that take none.
+      require: op -> the implementation that must win.
+      scale: full or rehearsal.
+      full_length: sequence length at full scale.
+      resolved: the whole config as plain data, for config.json.
+    """
+
+    run: config.RunConfig
+    sequence: settings.SequenceConfig
+    model: model.Config
+    block: block.Config
+    loss: model.LossConfig
+    data: DataConfig
+    optimizer: optimizer.Config
+    train: settings.TrainConfig
+    evaluate: settings.EvaluateConfig
+    checkpoint: settings.CheckpointConfig
+    track: settings.TrackConfig
+    mesh_sizes: dict[str, int]
+    layout: str
+    pattern: tuple[model.LayerKind, ...]
+    dataset: Any
+    require: dict[str, str]
+    scale: str
+    full_length: int
+    resolved: dict[str, Any]
+
+
+def load(path: str, overrides: dict[str, str]) -> Experiment:
+    """The experiment of a config file and of `a.b.c -> text` from the command line.
+
+    Raises:
+      UserError: with every problem found, one line each.
+    """
+    conf = config.load_file(path)
+    full_length = conf.sequence.length
+    scale = overrides["scale"] if "scale" in overrides else conf.scale
+    if scale not in config.SCALES:
+        raise registry.unknown("config.scale", scale, config.SCALES)
+    differences = conf.rehearsal.to_dict()
+    if scale == "rehearsal" and not differences:
+        raise UserError(f"config.scale='rehearsal': {path} states no rehearsal")
+    if scale == "auto":
+        scale = "rehearsal" if differences and jax.default_backend() == "cpu" else "full"
+    with conf.unlocked():
+        conf.rehearsal = ml_collections.ConfigDict()
+    if scale == "rehearsal":
+        for field, value in _leaves(differences):
+            config.assign(conf, field, value, origin=f"{path}: rehearsal")
+    for field, text in overrides.items():
+        config.assign(conf, field, text, origin="command line")
+    conf.scale = scale
+    if "sequence.length" in overrides and scale == "full":
+        full_length = conf.sequence.length
+    return resolve(conf, full_length)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in tree.items():
+        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return found
+
+
+def resolve(conf: ml_collections.ConfigDict, full_length: int) -> Experiment:
+    """The typed, checked experiment of a complete config."""
+    blocks = {name: config.typed(kind, conf[name], name) for name, kind in config.BLOCKS.items()}
+    axes = dataclasses.asdict(blocks.pop("mesh"))
+    top = {field.name: conf[field.name] for field in dataclasses.fields(config.RunConfig)}
+    run = config.typed(config.RunConfig, top, "config")
+    mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes))
+    pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
+    experiment = Experiment(
+        run=run,
+        **blocks,
+        mesh_sizes=mesh_sizes,
+        layout=stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"]),
+        pattern=pattern,
+        dataset=dataset_config(conf, blocks["data"].source),
+        require={op: name for op, name in conf.require.items() if name},
+        scale=run.scale,
+        full_length=full_length,
+        resolved=json.loads(conf.to_json_best_effort(sort_keys=True)),
+    )
+    problems = check(experiment)
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems in the config\n" + "\n".join(f"  {problem}" for problem in problems))
+    return experiment
+
+
+def _device_count(axes: dict[str, int]) -> int:
+    """Every device on an accelerator; on a CPU host, whose devices are virtual, as many as the axes ask for."""
+    available = jax.device_count()
+    if jax.default_backend() != "cpu" or jax.process_count() > 1 or -1 in axes.values():
+        return available
+    wanted = 1
+    for size in axes.values():
+        wanted *= size
+    return min(wanted, available)
+
+
+def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str) -> model.LayerKind:
+    """The parts of one entry of the pattern: `layers.<name>` if the config defines it, else the mixer of that name."""
+    if name in conf.layers:
+        stated = conf.layers[name].to_dict()
+    elif name in MIXERS:
+        stated = {}
+    else:
+        raise registry.unknown("config.pattern entry", name, [*conf.layers, *MIXERS])
+    field = f"layers.{name}"
+    chosen = {part: stated.pop(part, default) for part, default in (("mixer", name), ("posenc", run.posenc), ("ffn", run.ffn))}
+    mixer = registry.load(MIXERS, chosen["mixer"], field=f"{field}.mixer")
+    posenc = registry.load(POSENCS, chosen["posenc"], field=f"{field}.posenc" if "posenc" in stated else "config.posenc")
+    ffn = registry.load(FFNS, chosen["ffn"], field="config.ffn")
+    values = dict(conf.mixers[chosen["mixer"]])
+    for key, value in stated.items():
+        if key not in values:
+            raise registry.unknown(f"{field} field", key, ["mixer", "posenc", "ffn", *values])
+        # An int window is the sliding window W of other frameworks: the token itself and W - 1 before it.
+        values[key] = (value - 1, 0) if key == "window" and isinstance(value, int) else value
+    return model.LayerKind(
+        name=name,
+        mixer=mixer,
+        mixer_config=config.typed(mixer.Config, values, field if stated else f"mixers.{chosen['mixer']}"),
+        posenc=posenc,
+        posenc_config=config.typed(posenc.Config, conf.posencs[chosen["posenc"]], f"posencs.{chosen['posenc']}"),
+        ffn=ffn,
+        ffn_config=config.typed(ffn.Config, conf.ffns[chosen["ffn"]], f"ffns.{chosen['ffn']}"),
+    )
+
+
+def dataset_config(conf: ml_collections.ConfigDict, source: str) -> Any:
+    """The typed config of the data source; `tfds:name` and `hf:name` look up the part before the colon."""
+    name = source.partition(":")[0]
+    part = registry.load(DATASETS, name, field="data.source")
+    return config.typed(part.Config, conf.datasets[name], f"datasets.{name}")
+
+
+def stream_layout(chosen: str, pattern: tuple[model.LayerKind, ...], shards: int) -> str:
+    """`sequence.layout` with auto resolved: contiguous on one shard, else what most layers like best."""
+    if chosen not in ("auto", *layouts.LAYOUTS):
+        raise registry.unknown("sequence.layout", chosen, ["auto", *layouts.LAYOUTS])
+    if chosen != "auto":
+        return chosen
+    if shards == 1:
+        return "contiguous"
+    liked = [kind.mixer.caps.layouts[0] for kind in pattern]
+    return max(("contiguous", *layouts.LAYOUTS), key=liked.count)
+
+
+def check(experiment: Experiment) -> list[str]:
+    """Every problem between fields, one line each that names the fields and values."""
+    e, sizes, problems = experiment, experiment.model.sizes(vocab=0), []
+    rows, shards = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"], e.mesh_sizes["seq"]
+    owners = e.mesh_sizes["fsdp"] * shards
+    for field, value in _counts(e):
+        if value < 1:
+            problems.append(f"{field}={value} must be at least 1")
+    if problems:
+        return problems
+    if e.train.batch % e.train.accumulate:
+        problems.append(f"train.batch={e.train.batch} must be a multiple of train.accumulate={e.train.accumulate}")
+    elif (e.train.batch // e.train.accumulate) % rows:
+        problems.append(
+            f"train.batch={e.train.batch} over train.accumulate={e.train.accumulate} must be a multiple of "
+            f"mesh.data*mesh.fsdp={rows}"
+        )
+    needed = {block.mixer_layout(kind.mixer.caps, e.layout) for kind in e.pattern} | {e.layout}
+    multiple = max(layouts.shard_multiple(layout, shards) for layout in needed)
+    if e.sequence.length % multiple:
+        near = max(multiple, round(e.sequence.length / multiple) * multiple)
+        problems.append(
+            f"sequence.length={e.sequence.length} must be a multiple of {multiple} for mesh.seq={shards} in layout "
+            f"{e.layout!r}; the nearest is {near}"
+        )
+    if sizes.D % owners:
+        problems.append(f"model.dim={sizes.D} must be a multiple of mesh.fsdp*mesh.seq={owners}, over which parameters are spread")
+    if e.model.head_dim is None and sizes.D % sizes.H:
+        problems.append(f"model.dim={sizes.D} is no multiple of model.heads={sizes.H}; set model.head_dim")
+    for kind in {kind.name: kind for kind in e.pattern}.values():
+        problems += [f"layer {kind.name!r}: {p}" for p in kind.mixer.check(kind.mixer_config, sizes, e.sequence.length, e.mesh_sizes)]
+        width = kind.ffn.inner_width(kind.ffn_config, sizes.D)
+        if width % e.mesh_sizes["tensor"]:
+            problems.append(f"layer {kind.name!r}: feed-forward width {width} does not divide over mesh.tensor={e.mesh_sizes['tensor']}")
+        if e.block.fuse_attention and not kind.mixer.caps.fused:
+            problems.append(f"block.fuse_attention=True: mixer of layer {kind.name!r} cannot be fused; 'blockwise' can")
+    if len(e.pattern) > sizes.L:
+        problems.append(f"config.pattern has {len(e.pattern)} entries and model.layers={sizes.L} has no room for them")
+    return problems
+
+
+def _counts(e: Experiment) -> list[tuple[str, int]]:
+    fields = {
+        "model": ("layers", "dim", "heads"),
+        "sequence": ("length",),
+        "train": ("steps", "batch", "accumulate", "log_every", "max_bad_steps"),
+        "evaluate": ("batches", "buckets"),
+        "checkpoint": ("keep",),
+    }
+    return [(f"{block}.{name}", getattr(getattr(e, block), name)) for block, names in fields.items() for name in names]
+
+
+def sizes_of(experiment: Experiment, vocab: int) -> Sizes:
+    """The model's sizes once the tokenizer's vocabulary is known.
+
+    Raises:
+      UserError: the model's vocabulary is smaller than the tokenizer's, or does not divide over `tensor`.
+    """
+    sizes = experiment.model.sizes(vocab)
+    if sizes.V < vocab:
+        raise UserError(f"model.vocab={sizes.V} is smaller than the tokenizer's {vocab}; leave it out or raise it")
+    tensor = experiment.mesh_sizes["tensor"]
+    if sizes.V % tensor:
+        raise UserError(f"model.vocab={sizes.V} does not divide over mesh.tensor={tensor}; {-(-sizes.V // tensor) * tensor} does")
+    return sizes

@@ -1,0 +1,245 @@
+"""Softmax attention as a mixer. One file: `full`, `blockwise`, `ring`, `ulysses`, ... differ in how it is spread over devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.context import SequenceContext, TokenChunk
+from lcx.dims import Sizes
+from lcx.initializers import matrix, vector
+from lcx.mixers import Caps
+from lcx.ops.attention import attention
+from lcx.ops.norm import rms_norm
+from lcx.ops.types import Mask
+from lcx.parallel.attention import context_attention
+from lcx.sharding import tokenwise
+
+FULL_LIMIT = 16_384
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped queries: projections, position encoding, attention over the mesh, projection."""
+
+    strategy = "ring"
+    implementation: str | None = None  # None: the config's choice
+    caps = Caps(bidirectional=True, layouts=("zigzag", "striped", "contiguous"))
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """Softmax attention.
+
+        Attributes:
+          causal: no token sees a later one.
+          window: None, or (left, right) in tokens; sliding window W of other frameworks is (W - 1, 0).
+          sink_tokens: leading tokens of a document that stay visible outside the window.
+          sink_logits: a learned logit per head in the softmax denominator.
+          softcap: None, or c for c * tanh(score / c).
+          qk_norm: RMS norm on queries and keys before the position encoding.
+          implementation: of the attention operation: auto, reference, chunked, ...
+        """
+
+        causal: bool = True
+        window: tuple[int, int] | None = None
+        sink_tokens: int = 0
+        sink_logits: bool = False
+        softcap: float | None = None
+        qk_norm: bool = False
+        implementation: str = "auto"
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Config differences for contract tests."""
+        return {}
+
+    @classmethod
+    def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:
+        """What stands against this mixer at this size, one line each."""
+        problems = []
+        for field, heads in (("model.heads", sizes.H), ("model.kv_heads", sizes.G)):
+            if heads % mesh["tensor"]:
+                problems.append(f"{field}={heads} does not divide over mesh.tensor={mesh['tensor']}")
+        if sizes.H % sizes.G:
+            problems.append(f"model.heads={sizes.H} must be a multiple of model.kv_heads={sizes.G}")
+        return problems
+
+    @classmethod
+    def score_flops(cls, config: Config, sizes: Sizes, ctx: SequenceContext) -> jax.Array:
+        """fp32 forward FLOPs of the scores of one layer on this batch: 4 K per head and visible (query, key) pair.
+
+        Pairs to the right are counted from the other end of the document, where they are as many.
+        """
+        before_BS = ctx.positions_BS.astype(jnp.float32)
+        mask = Mask(causal=config.causal, window=config.window)
+        seen_BS = 1.0 + (before_BS if mask.left is None else jnp.minimum(before_BS, mask.left))
+        seen_BS = seen_BS + (before_BS if mask.right is None else jnp.minimum(before_BS, mask.right))
+        if ctx.segments_BS is not None:
+            seen_BS = jnp.where(ctx.segments_BS > 0, seen_BS, 0.0)
+        return 4.0 * sizes.H * sizes.K * jnp.sum(seen_BS)
+
+    def __init__(self, config: Config, sizes: Sizes, posenc: Any, *, rngs: nnx.Rngs):
+        D, H, G, K = sizes.D, sizes.H, sizes.G, sizes.K
+        self.config, self.sizes, self.posenc = config, sizes, posenc
+        self.query_DHK = matrix(rngs, "DHK", (D, H, K), fan_in=D)
+        self.key_DGK = matrix(rngs, "DGK", (D, G, K), fan_in=D)
+        self.value_DGK = matrix(rngs, "DGK", (D, G, K), fan_in=D)
+        self.out_HKD = matrix(rngs, "HKD", (H, K, D), fan_in=H * K, gain=(2 * sizes.L) ** -0.5)
+        if config.qk_norm:
+            self.query_norm_K, self.key_norm_K = vector("K", (K,), 1.0), vector("K", (K,), 1.0)
+        if config.sink_logits:
+            self.sink_H = vector("H", (H,), 0.0)
+
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom."""
+        return Mask(causal=self.config.causal, window=self.config.window, sink_tokens=self.config.sink_tokens)
+
+    def __call__(self, x_BSD: jax.Array, ctx: SequenceContext) -> jax.Array:
+        """y_BSD in x's dtype."""
+        run = lambda fn, w, *tokens: tokenwise(fn, w, *tokens, mesh=ctx.mesh, dtype=x_BSD.dtype)
+        q_BSHK = run(self._query, self._query_weights(), x_BSD, ctx.positions_BS)
+        k_BTGK, v_BTGK = run(self._key_value, self._key_value_weights(), x_BSD, ctx.positions_BS)
+        o_BSHK = context_attention(
+            q_BSHK,
+            k_BTGK,
+            v_BTGK,
+            mesh=ctx.mesh,
+            strategy=self.strategy,
+            layout=ctx.layout,
+            mask=self.mask,
+            segments_BS=ctx.segments_BS,
+            softcap=self.config.softcap,
+            alibi_slopes_H=self.posenc.slopes(self.sizes.H),
+            sink_logits_H=self.sink_H.get_value() if self.config.sink_logits else None,
+            implementation=self.implementation or self.config.implementation,
+            **self._strategy_options(),
+        )
+        return run(self._output, {"out_HKD": self.out_HKD}, o_BSHK)
+
+    def _strategy_options(self) -> dict[str, Any]:
+        return {}
+
+    def _query_weights(self) -> dict[str, nnx.Param]:
+        return {"query_DHK": self.query_DHK} | ({"query_norm_K": self.query_norm_K} if self.config.qk_norm else {})
+
+    def _key_value_weights(self) -> dict[str, nnx.Param]:
+        weights = {"key_DGK": self.key_DGK, "value_DGK": self.value_DGK}
+        return weights | ({"key_norm_K": self.key_norm_K} if self.config.qk_norm else {})
+
+    def _query(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        q_BSHK = jnp.einsum("BSD,DHK->BSHK", x_BSD, w["query_DHK"].astype(x_BSD.dtype))
+        if self.config.qk_norm:
+            q_BSHK = rms_norm(q_BSHK, w["query_norm_K"], self.sizes.norm_eps)
+        return self.posenc.rotate(q_BSHK, positions_BS)
+
+    def _key_value(self, w: dict[str, jax.Array], x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, w["key_DGK"].astype(x_BTD.dtype))
+        if self.config.qk_norm:
+            k_BTGK = rms_norm(k_BTGK, w["key_norm_K"], self.sizes.norm_eps)
+        return self.posenc.rotate(k_BTGK, positions_BT), jnp.einsum("BTD,DGK->BTGK", x_BTD, w["value_DGK"].astype(x_BTD.dtype))
+
+    def _output(self, w: dict[str, jax.Array], o_BSHK: jax.Array) -> jax.Array:
+        return jnp.einsum("BSHK,HKD->BSD", o_BSHK, w["out_HKD"].astype(o_BSHK.dtype))
+
+
+class OneShard(Attention):
+    """Attention whose sequence lives on one device (batch and heads may still be spread)."""
+
+    @classmethod
+    def check(cls, config, sizes, length, mesh):
+        """As `Attention.check`, and that `seq` is 1."""
+        problems = super().check(config, sizes, length, mesh)
+        if mesh["seq"] > 1:
+            problems.append(f"mixer {cls.__name__.lower()!r} needs mesh.seq=1 and it is {mesh['seq']}; with a sharded sequence use 'ring'")
+        return problems
+
+
+class Full(OneShard):
+    """The oracle: the naive reference implementation, for tests and short sequences."""
+
+    implementation = "reference"
+    caps = Caps(bidirectional=True, sharded=False)
+
+    @classmethod
+    def check(cls, config, sizes, length, mesh):
+        """As above, and that the scores fit."""
+        problems = super().check(config, sizes, length, mesh)
+        if length > FULL_LIMIT:
+            problems.append(
+                f"mixer 'full' holds all scores and stops at {FULL_LIMIT} tokens; sequence.length={length} needs 'blockwise' or 'ring'"
+            )
+        return problems
+
+
+class Blockwise(OneShard):
+    """Memory-linear attention on one shard; with `block.fuse_attention` the Blockwise Parallel Transformer (arXiv 2305.19370)."""
+
+    caps = Caps(bidirectional=True, sharded=False, fused=True)
+
+    def prepare(self, x_BSD: jax.Array, ctx: SequenceContext) -> dict[str, jax.Array]:
+        """Keys and values of all tokens, in fp32 so that their gradient adds up over query chunks without rounding."""
+        k_BTGK, v_BTGK = tokenwise(
+            self._key_value, self._key_value_weights(), x_BSD, ctx.positions_BS, mesh=ctx.mesh, dtype=x_BSD.dtype
+        )
+        memory = {"k_BTGK": k_BTGK.astype(jnp.float32), "v_BTGK": v_BTGK.astype(jnp.float32)}
+        return memory if ctx.segments_BS is None else memory | {"segments_BT": ctx.segments_BS}
+
+    def attend_weights(self) -> dict[str, nnx.Param]:
+        """Parameters of `attend`."""
+        sink = {"sink_H": self.sink_H} if self.config.sink_logits else {}
+        return self._query_weights() | {"out_HKD": self.out_HKD} | sink
+
+    def attend(self, w: dict[str, jax.Array], x_BCD: jax.Array, memory: dict[str, jax.Array], chunk: TokenChunk) -> jax.Array:
+        """y_BCD of one chunk of queries against every key."""
+        dtype = x_BCD.dtype
+        o_BCHK = attention(
+            self._query(w, x_BCD, chunk.positions_BC),
+            memory["k_BTGK"].astype(dtype),
+            memory["v_BTGK"].astype(dtype),
+            mask=self.mask,
+            order_q=chunk.order,
+            segments_q_BS=chunk.segments_BC,
+            segments_k_BT=memory["segments_BT"] if "segments_BT" in memory else None,
+            softcap=self.config.softcap,
+            alibi_slopes_H=self.posenc.slopes(self.sizes.H),
+            sink_logits_H=w["sink_H"] if self.config.sink_logits else None,
+            implementation=self.config.implementation,
+        )
+        return self._output(w, o_BCHK)
+
+
+class Ring(Attention):
+    """Ring Attention (arXiv 2310.01889): keys and values travel, queries stay."""
+
+
+class Ulysses(Attention):
+    """DeepSpeed-Ulysses (arXiv 2309.14509): an all-to-all gives each device all tokens of some heads."""
+
+    strategy = "ulysses"
+
+
+class UlyssesRing(Attention):
+    """Ulysses inside groups of devices, a ring between them (arXiv 2405.07719)."""
+
+    strategy = "ulysses_ring"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(Attention.Config):
+        """Softmax attention, and
+
+        Attributes:
+          ulysses_degree: devices in one Ulysses group; None takes the largest that the heads allow.
+        """
+
+        ulysses_degree: int | None = None
+
+    def _strategy_options(self):
+        return {"ulysses_degree": self.config.ulysses_degree}
+
+
+class AllGather(Attention):
+    """Keys and values of the whole sequence on every device: fewest, largest messages, memory linear in the full length."""
+
+    strategy = "allgather"

@@ -1,0 +1,10 @@
+"""Per-device operations: public functions, plain `jnp` implementations, and the one dispatcher. Names no mesh axis.
+
+The modules are the interface, each named after its function: `from lcx.ops.attention import attention`,
+`from lcx.ops.linear_cross_entropy import linear_cross_entropy`. Only the descriptions that every operation shares are
+exported here; a function of the same name would hide its module.
+"""
+
+from lcx.ops.types import AttentionSpec, Mask, Runs, Segments, contiguous
+
+__all__ = ["AttentionSpec", "Mask", "Runs", "Segments", "contiguous"]

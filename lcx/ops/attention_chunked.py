@@ -1,0 +1,222 @@
+"""Attention by tiles in plain `jnp`: linear memory, every platform, and tiles that the mask empties cost nothing.
+
+The sequence is cut into tiles that lie within one run, so that a tile's order is an interval and its visibility from
+another tile is a comparison of four integers (and of document ids), whatever device the start of the run stands for. For
+each query tile a loop goes from one visible key tile to the next. Source: Dao, "FlashAttention-2" (2023).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.ops.types import AttentionSpec, Runs, Segments
+from lcx.ops.visibility import NO_DOCUMENT, TileBounds, tile_visible, visible_BST
+
+# Measured on two CPU cores, fp32, S=2048, K=16..64, H=4..16: 128, 256 and 512 lie within a third of each other, 256 is first
+# or second everywhere; at 1024 the scores of a pair fall out of the cache and the time doubles.
+TILE = 256
+
+
+def refuse(spec, shapes, dtypes, device_kind):
+    """Refuses orders that are not `Runs`: without intervals, every pair of tiles would have to be looked at."""
+    for name in ("order_q", "order_k"):
+        if name in shapes:
+            return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one side is cut: every run into `per_run` tiles of `size` tokens, the last one padded."""
+
+    runs: Runs
+    size: int
+    per_run: int
+
+    @classmethod
+    def of(cls, runs: Runs, largest: int) -> "Tiling":
+        """Equal tiles of at most `largest` tokens (rounded up to 8 where there is more than one)."""
+        per_run = -(-runs.length // largest)
+        size = -(-runs.length // per_run)
+        size = size if per_run == 1 else -(-size // 8) * 8
+        return cls(runs, size, -(-runs.length // size))
+
+    @property
+    def padded(self) -> bool:
+        return self.per_run * self.size != self.runs.length
+
+    def split(self, x: jax.Array, fill: Any = 0) -> jax.Array:
+        """B S ... -> tiles B size ..., with `fill` in the padding."""
+        B, _, *rest = x.shape
+        x = x.reshape(B, self.runs.count, self.runs.length, *rest)
+        if self.padded:
+            widths = [(0, 0), (0, 0), (0, self.per_run * self.size - self.runs.length)] + [(0, 0)] * len(rest)
+            x = jnp.pad(x, widths, constant_values=fill)
+        return jnp.moveaxis(x.reshape(B, self.runs.count * self.per_run, self.size, *rest), 1, 0)
+
+    def join(self, tiles: jax.Array) -> jax.Array:
+        """tiles B size ... -> B S ...."""
+        _, B, _, *rest = tiles.shape
+        x = jnp.moveaxis(tiles, 0, 1).reshape(B, self.runs.count, self.per_run * self.size, *rest)
+        return x[:, :, : self.runs.length].reshape(B, self.runs.size, *rest)
+
+    def bounds(self, segments_tiles: jax.Array | None, sink_tiles: jax.Array | None = None) -> TileBounds:
+        """Extremes of every tile."""
+        offset = self.size * jnp.arange(self.per_run, dtype=jnp.int32)
+        tokens = jnp.minimum(self.size, self.runs.length - offset)
+        first = self.runs.starts[:, None].astype(jnp.int32) + self.runs.step * offset[None]
+        last = first + self.runs.step * (tokens - 1)[None]
+        low = high = sink = None
+        if segments_tiles is not None:
+            low = jnp.min(jnp.where(segments_tiles == 0, NO_DOCUMENT, segments_tiles), axis=2)
+            high = jnp.max(segments_tiles, axis=2)
+        if sink_tiles is not None:
+            sink = jnp.any(sink_tiles, axis=(1, 2))
+        return TileBounds(first.reshape(-1), last.reshape(-1), low, high, sink)
+
+    def order(self, first: jax.Array) -> jax.Array:
+        """int32 order of the tokens of the tile that begins at `first`."""
+        return first + self.runs.step * jnp.arange(self.size, dtype=jnp.int32)
+
+
+class Side(NamedTuple):
+    """What a pair of tiles reads of one side; every leaf has the tiles in front."""
+
+    bounds: TileBounds
+    segments: jax.Array | None
+    sink: jax.Array | None
+    arrays: tuple[jax.Array, ...]
+
+
+def _sides(q_arrays, k_arrays, order_q, order_k, segments: Segments):
+    """Cuts both sides. `q_arrays` are (array B S ..., fill)."""
+    tiling_q, tiling_k = Tiling.of(order_q, TILE), Tiling.of(order_k, TILE)
+    seg_q, seg_k, sink = segments
+    if seg_q is None and tiling_k.padded:  # keys that pad a tile are hidden as padding tokens are
+        batch = k_arrays[0].shape[0]
+        seg_q, seg_k = jnp.ones((batch, order_q.size), jnp.int32), jnp.ones((batch, order_k.size), jnp.int32)
+    split = lambda tiling, x: None if x is None else tiling.split(x)
+    seg_q, seg_k, sink = split(tiling_q, seg_q), split(tiling_k, seg_k), split(tiling_k, sink)
+    q = Side(tiling_q.bounds(seg_q), seg_q, None, tuple(tiling_q.split(x, fill) for x, fill in q_arrays))
+    k = Side(tiling_k.bounds(seg_k, sink), seg_k, sink, tuple(jnp.swapaxes(tiling_k.split(x), 2, 3) for x in k_arrays))
+    return tiling_q, tiling_k, q, k
+
+
+def _rows(tiles: jax.Array, G: int) -> jax.Array:
+    """Query tiles B b H ... -> B G (R b) ...: the R heads of a group stand below one another, so K/V are never repeated."""
+    n, B, b, H, *rest = tiles.shape
+    return jnp.moveaxis(tiles.reshape(n, B, b, G, H // G, *rest), 2, 4).reshape(n, B, G, H // G * b, *rest)
+
+
+def _unrows(tiles: jax.Array, b: int) -> jax.Array:
+    """The inverse of `_rows`."""
+    n, B, G, Rb, *rest = tiles.shape
+    return jnp.moveaxis(tiles.reshape(n, B, G, Rb // b, b, *rest), 4, 2).reshape(n, B, b, G * (Rb // b), *rest)
+
+
+def _for_visible(seen_n: jax.Array, body: Callable, state: Any) -> Any:
+    """state = body(j, state) for every j that is seen, in increasing order; the others take no step."""
+    n = seen_n.shape[0]
+    index = jnp.arange(n, dtype=jnp.int32)
+    after = lambda j: jnp.min(jnp.where(seen_n & (index > j), index, n))
+    step = lambda loop: (after(loop[0]), body(loop[0], loop[1]))
+    return lax.while_loop(lambda loop: loop[0] < n, step, (after(jnp.int32(-1)), state))[1]
+
+
+def _pick(side: Any, j: jax.Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), side)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    """Product over one dimension of two arrays B G . ., accumulated in fp32."""
+    return lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _scores(q, k, tile_q, tile_k, tiling_q, tiling_k, spec: AttentionSpec, alibi_slopes_H):
+    """Scores of one pair of tiles, B G (R b) c with -inf where hidden, and d(score)/d(q.k scale), None for 1."""
+    B, G, rows, _ = q.shape
+    grid = (B, G, rows // tiling_q.size, tiling_q.size, tiling_k.size)
+    scores = (_dot(q, k, 3, 3) * spec.scale).reshape(grid)
+    slope = None
+    if spec.softcap is not None:
+        bent = jnp.tanh(scores / spec.softcap)
+        scores, slope = spec.softcap * bent, (1 - bent * bent).reshape(B, G, rows, -1)
+    i, j = tiling_q.order(tile_q.bounds.first), tiling_k.order(tile_k.bounds.first)
+    if alibi_slopes_H is not None:
+        distance = jnp.abs(i[:, None] - j[None, :]).astype(jnp.float32)
+        scores = scores - alibi_slopes_H.astype(jnp.float32).reshape(1, G, -1, 1, 1) * distance[None, None, None]
+    visible = visible_BST(spec.mask, i, j, tile_q.segments, tile_k.segments, tile_k.sink)
+    if visible is not None:
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    return scores.reshape(B, G, rows, -1), slope
+
+
+def forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_slopes_H=None, carry=None):
+    """See `lcx.ops.attention`, "Backends"."""
+    G = k_BTGK.shape[2]
+    start = () if carry is None else ((carry[0].astype(jnp.float32), 0), (jnp.swapaxes(carry[1], 1, 2), -jnp.inf))
+    tiling_q, tiling_k, q_side, k_side = _sides(((q_BSHK, 0), *start), (k_BTGK, v_BTGK), order_q, order_k, segments)
+
+    def query_tile(_, tile_q):
+        q = tile_q.arrays[0]
+        if carry is None:
+            nothing = jnp.zeros(q.shape[:-1], jnp.float32)
+            state = jnp.zeros(q.shape, jnp.float32), nothing - jnp.inf, nothing
+        else:
+            _, o, lse = tile_q.arrays
+            state = o, lse, (lse != -jnp.inf).astype(jnp.float32)
+
+        def key_tile(j, state):
+            o, top, total = state
+            tile_k = _pick(k_side, j)
+            k, v = tile_k.arrays
+            scores, _ = _scores(q, k, tile_q, tile_k, tiling_q, tiling_k, spec, alibi_slopes_H)
+            new_top = jnp.maximum(top, scores.max(-1))
+            # A row that has seen nothing yet: exp(-inf - 0) = 0, where exp(-inf - -inf) would be NaN.
+            finite = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            p = jnp.exp(scores - finite[..., None])
+            shrink = jnp.exp(top - finite)
+            return o * shrink[..., None] + _dot(p.astype(v.dtype), v, 3, 2), new_top, total * shrink + p.sum(-1)
+
+        o, top, total = _for_visible(tile_visible(spec.mask, tile_q.bounds, k_side.bounds), key_tile, state)
+        return None, (o / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total))
+
+    _, (o, lse) = lax.scan(query_tile, None, q_side._replace(arrays=tuple(_rows(x, G) for x in q_side.arrays)))
+    o, lse = (tiling_q.join(_unrows(x, tiling_q.size)) for x in (o, lse))
+    return o, jnp.swapaxes(lse, 1, 2)
+
+
+def backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, order_q, order_k, segments, alibi_slopes_H=None):
+    """See `lcx.ops.attention`, "Backends". One pass over the pairs of tiles, five products each."""
+    G = k_BTGK.shape[2]
+    # lse = +inf makes every weight of an empty row exp(-inf) = 0, and of a row that pads a tile.
+    lse_BSH = jnp.swapaxes(jnp.where(lse_BHS == -jnp.inf, jnp.inf, lse_BHS), 1, 2)
+    q_arrays = ((q_BSHK, 0), (do_BSHK.astype(v_BTGK.dtype), 0), (lse_BSH, jnp.inf), (jnp.swapaxes(delta_BHS, 1, 2), 0))
+    tiling_q, tiling_k, q_side, k_side = _sides(q_arrays, (k_BTGK, v_BTGK), order_q, order_k, segments)
+
+    def query_tile(sums, tile_q):
+        q, do, lse, delta = tile_q.arrays
+
+        def key_tile(j, state):
+            dq, dk_tiles, dv_tiles = state
+            tile_k = _pick(k_side, j)
+            k, v = tile_k.arrays
+            scores, slope = _scores(q, k, tile_q, tile_k, tiling_q, tiling_k, spec, alibi_slopes_H)
+            p = jnp.exp(scores - lse[..., None])
+            ds = p * (_dot(do, v, 3, 3) - delta[..., None])
+            ds = (ds if slope is None else ds * slope).astype(q.dtype)
+            add = lambda tiles, x: lax.dynamic_update_index_in_dim(tiles, _pick(tiles, j) + x, j, 0)
+            return dq + _dot(ds, k, 3, 2), add(dk_tiles, _dot(ds, q, 2, 2)), add(dv_tiles, _dot(p.astype(do.dtype), do, 2, 2))
+
+        seen = tile_visible(spec.mask, tile_q.bounds, k_side.bounds)
+        dq, *sums = _for_visible(seen, key_tile, (jnp.zeros(q.shape, jnp.float32), *sums))
+        return tuple(sums), dq
+
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in k_side.arrays)
+    (dk, dv), dq = lax.scan(query_tile, sums, q_side._replace(arrays=tuple(_rows(x, G) for x in q_side.arrays)))
+    dk, dv = (tiling_k.join(jnp.swapaxes(x, 2, 3)) for x in (dk, dv))
+    return tiling_q.join(_unrows(dq, tiling_q.size)) * spec.scale, dk * spec.scale, dv

@@ -1,0 +1,136 @@
+"""What a person sees: the run at the top, progress with a time to go, the final table. Plain lines where there is no terminal."""
+
+import math
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lcx.experiment import Experiment
+
+
+def figure(value: float, digits: int = 3) -> str:
+    """A number as people read it: 1.23M, 4.56K, 0.0123."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def gib(count: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1h02m, 3m04s or 5s."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Screen:
+    """The output of one run; only process 0 writes."""
+
+    def __init__(self, steps: int):
+        self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+        self._steps, self._progress, self._task, self._began, self._first = steps, None, None, 0.0, 0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def opening(self, experiment: Experiment, record: dict[str, Any], workdir: str) -> None:
+        """What is being run, at which scale, on what."""
+        table = Table(title=f"lcx: {experiment.run.name}", title_justify="left", show_header=False)
+        length = f"{experiment.sequence.length:,} tokens"
+        if experiment.scale == "rehearsal":
+            self.say(
+                f"REHEARSAL of {experiment.run.name}: the same code path at {length} a sequence; "
+                f"the real experiment has {experiment.full_length:,}."
+            )
+        rows = {
+            "scale": experiment.scale,
+            "sequence": f"{length}, layout {experiment.layout}, batch {experiment.train.batch}",
+            "model": f"{figure(record['parameters']['total'])} parameters, {experiment.model.layers} layers of "
+            + " ".join(record["pattern"]),
+            "data": experiment.data.source,
+            "devices": f"{record['device']['count']} x {record['device']['kind']}, mesh "
+            + " x ".join(f"{axis} {size}" for axis, size in record["mesh"]["sizes"].items()),
+            "operations": ", ".join(f"{op}: {' + '.join(w)}" for op, w in winners(record["implementations"]).items()),
+            "memory": f"{gib(sum(record['compiled_step_bytes'].values()))} a device in the compiled step",
+            "files": workdir,
+        }
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        self.console.print(table)
+
+    def start(self, step: int) -> None:
+        """Progress from `step` on."""
+        self._began, self._first = time.perf_counter(), step
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("training", total=self._steps, completed=step)
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def line(self, step: int, metrics: dict[str, Any]) -> None:
+        """A logged step."""
+        elapsed, done = time.perf_counter() - self._began, step - self._first
+        to_go = duration(elapsed / done * (self._steps - step)) if done else "?"
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", f"loss {metrics['loss']:.4f}"]
+        parts.append(f"|grad| {metrics['grad_norm']:.3g}")
+        parts.append(f"lr {metrics['learning_rate']:.2e}")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{figure(metrics['tokens_per_second'])} tok/s")
+            parts.append(f"{metrics['step_seconds']:.3g} s/step")
+        if "mfu" in metrics:
+            parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+        if metrics["skipped"]:
+            parts.append(f"skipped {metrics['skipped']}")
+        if not self._progress:
+            parts.append(f"{to_go} to go")
+        self.say("  ".join(parts))
+
+    def stop(self) -> None:
+        """No more progress."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def closing(self, experiment: Experiment, summary: dict[str, Any]) -> None:
+        """The final table: what came out, where it lies, what to try next."""
+        table = Table(title="result", title_justify="left", show_header=False)
+        table.add_row("steps", f"{summary['step']}" + (f" ({summary['skipped']} skipped)" if summary["skipped"] else ""))
+        held_out = summary["held_out"]
+        table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per token, perplexity {held_out['perplexity']:.3f}")
+        for band in held_out["by_position"]:
+            table.add_row(f"  positions {band['start']:,} to {band['stop'] - 1:,}", f"{band['loss']:.4f}")
+        if "exact_match" in held_out:
+            table.add_row("answers", f"{100 * held_out['exact_match']:.1f} % rows exact, {100 * held_out['token_accuracy']:.1f} % tokens")
+        if "tokens_per_second" in summary["last_step"]:
+            table.add_row("speed", f"{figure(summary['last_step']['tokens_per_second'])} tokens/s")
+        for name in ("device", "host"):
+            if f"{name}_peak_bytes" in summary:
+                table.add_row(f"{name} memory", f"{gib(summary[f'{name}_peak_bytes'])} at most")
+        for name, path in summary["files"].items():
+            table.add_row(name, path)
+        self.console.print(table)
+        if experiment.scale == "rehearsal":
+            self.say("Next: the same command on an accelerator runs the real experiment; here, try --config.sequence.length=4096")
+        else:
+            self.say("Next: change a field with --config.<field>=VALUE, e.g. --config.optimizer.learning_rate=1e-3")
+
+
+def winners(implementations: dict[str, Any]) -> dict[str, list[str]]:
+    """op -> the implementations that ran."""
+    return {op: sorted({choice["winner"] for choice in choices}) for op, choices in implementations.items()}

@@ -1,0 +1,16 @@
+"""Implementations of the operations in `lcx.ops`: one file per operation and target.
+
+`KERNELS` maps an operation to its implementations, name -> module; `lcx.ops.dispatch` chooses among them. Strings only:
+a module, and with it Pallas, is imported when it is first asked for.
+"""
+
+KERNELS = {
+    "attention": {
+        "reference": "lcx.ops.attention_reference",
+        "chunked": "lcx.ops.attention_chunked",
+    },
+    "linear_cross_entropy": {
+        "reference": "lcx.ops.linear_cross_entropy_reference",
+        "chunked": "lcx.ops.linear_cross_entropy_chunked",
+    },
+}
