@@ -34,16 +34,15 @@ def visible_BST(mask, order_q, order_k, segments_q, segments_k, sink_BT=None):
     return out
 
 
-def attention(q_BSHK, k_BTGK, v_BTGK, sink_logits_H, slopes_H, *, visible_BST, order_q, order_k, scale, softcap):
-    """(o_BSHK, lse_BHS) from dense scores, one key/value head per query head."""
+def attention(q_BSHK, k_BTGK, v_BTGK, sink_logits_H, slopes_H, visible_BST, distance_ST, *, scale, softcap):
+    """(o_BSHK, lse_BHS) from dense scores, one key/value head per query head; distance_ST is |i - j|."""
     R = q_BSHK.shape[2] // k_BTGK.shape[2]
     k_BTHK, v_BTHK = jnp.repeat(k_BTGK, R, axis=2), jnp.repeat(v_BTGK, R, axis=2)
     scores = jnp.einsum("bshk,bthk->bhst", q_BSHK, k_BTHK) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if slopes_H is not None:
-        distance = np.abs(np.asarray(order_q)[:, None] - np.asarray(order_k)[None, :]).astype(np.float32)
-        scores = scores - slopes_H[None, :, None, None] * distance[None, None]
+        scores = scores - slopes_H[None, :, None, None] * distance_ST[None, None]
     weights = jnp.where(visible_BST[:, None], jnp.exp(scores), 0.0)
     total = weights.sum(-1)
     if sink_logits_H is not None:

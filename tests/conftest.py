@@ -1,6 +1,7 @@
 """One process owns 32 virtual CPU devices and every test's mesh takes a subset; strict everywhere."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "")
@@ -12,6 +13,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Runs that differ only in their workdir, and the workers of one session, share their compiled programs.
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"lcx-test-compilations-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The loader: epochs, order, resumption, meshes, and what it reads."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -72,14 +73,12 @@ def test_epochs_hold_every_piece_once_in_a_new_order(corpus, mesh_of, packing):
     pieces = [[piece for batch in epoch for piece in pieces_of(batch)] for epoch in epochs]
     assert sorted(pieces[0]) == sorted(pieces[1]) == sorted(pieces[2])
     assert pieces[0] != pieces[1] != pieces[2] != pieces[0]
-    split = TokenStore(next(p for p in _stores(corpus)), held_out_fraction=0.2).split("train")
+    split = TokenStore(_stores(corpus)[0], held_out_fraction=0.2).split("train")
     real = sum(int((batch["segments_BS"] > 0).sum()) for epoch in epochs for batch in epoch)
     assert real == 3 * split.num_tokens == loader.tokens_seen
 
 
 def _stores(corpus):
-    import pathlib
-
     return [path.parent for path in pathlib.Path(corpus[0]["cache_dir"]).glob("*/store.json")]
 
 

@@ -38,12 +38,6 @@ def _child(rank, config):
     from lcx.registry import UserError
 
     initialize_distributed()
-    if config.get("differ"):
-        try:
-            _loader(config | {"seed": rank}, make_mesh(seq=-1))
-        except UserError as error:
-            print("REFUSED", error, flush=True)
-        return
     read = []
     original = TokenStore.read
     TokenStore.read = lambda self, a, b: read.append(b - a) or original(self, a, b)
@@ -60,6 +54,11 @@ def _child(rank, config):
                     report[key] = np.asarray(shard.data)
         report[f"read/{name}"] = np.array(sum(read))
     np.savez(pathlib.Path(config["root"]) / f"rank{rank}.npz", **report)
+    if config["differ"]:
+        try:
+            _loader(config | {"seed": rank}, make_mesh(seq=-1))
+        except UserError as error:
+            print("REFUSED", error, flush=True)
     jax.distributed.shutdown()
 
 
@@ -112,9 +111,11 @@ def test_a_process_reads_its_own_tokens_and_the_batch_is_that_of_one_process(roo
     config = dict(root=str(root), packing="concat")
     alone = _loader(config, mesh_of())
     next(alone)
-    config |= dict(state=alone.state(), meshes=meshes)
+    config |= dict(state=alone.state(), meshes=meshes, differ=devices == 1)
     expected = [{name: np.asarray(value) for name, value in next(alone).items()} for _ in range(2)]
-    _run(config, devices)
+    outputs = _run(config, devices)
+    if config["differ"]:  # each process with another seed: both must stop
+        assert all("REFUSED the processes of this run have different data" in out for out in outputs)
     reports = [np.load(root / f"rank{rank}.npz") for rank in range(2)]
     shape = expected[0]["tokens_BS"].shape
     for name in meshes:
@@ -132,11 +133,6 @@ def test_a_process_reads_its_own_tokens_and_the_batch_is_that_of_one_process(roo
                         np.testing.assert_array_equal(part, whole[at], err_msg=key)
                         seen[at] = True
                 assert seen.all()
-
-
-def test_processes_with_different_data_are_stopped(root):
-    outputs = _run(dict(root=str(root), packing="concat", differ=True), 1)
-    assert all("REFUSED the processes of this run have different data" in out for out in outputs)
 
 
 if __name__ == "__main__":

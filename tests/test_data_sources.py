@@ -129,10 +129,7 @@ def test_unreachable_catalogues_say_so_at_once(tmp_path, monkeypatch):
 
 
 def _fake_hub(monkeypatch, load_dataset):
-    fake = types.SimpleNamespace(load_dataset=load_dataset, DownloadConfig=lambda **options: options)
-    constants = types.SimpleNamespace(ENDPOINT="http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(constants=constants))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
 
 
 class _Rows(list):
@@ -141,6 +138,8 @@ class _Rows(list):
 
 def test_hugging_face(tmp_path, monkeypatch):
     config = DataConfig(source="hf:owner/name", cache_dir=str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'lcx\[hf\]'"):
         prepare(config)
@@ -152,8 +151,8 @@ def test_hugging_face(tmp_path, monkeypatch):
 
     _fake_hub(monkeypatch, load_dataset)
     assert documents(prepare(config, hf.Config(subset="en", revision="v1"))) == ["one", "two"]
-    wanted = dict(split="train", download_config=dict(local_files_only=True), revision="v1")  # the hub is out of reach here
-    assert asked == [(("owner/name", "en"), wanted)]
+    assert asked == [(("owner/name", "en"), dict(split="train", revision="v1"))]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match="data.hf.text_key='body'"):
         prepare(config, hf.Config(text_key="body"))
 

@@ -16,10 +16,9 @@ TEXTS = ["", "first document\n", "zwei: äöü €", "x" * 700, "copy", "copy", 
 def write(directory, texts=TEXTS, tokenizer=None):
     directory.mkdir(parents=True)
     tokenizer = tokenizer or tokenizers.Bytes()
-    writer = StoreWriter(directory, tokenizer, tokenizer.vocab_size, {"source": "test"})
-    for text in texts:
-        writer.add(tokenizer.encode(text), text=text.encode())
-    writer.close()
+    with StoreWriter(directory, tokenizer, tokenizer.vocab_size, {"source": "test"}) as writer:
+        for text in texts:
+            writer.add(tokenizer.encode(text), text=text.encode())
     return directory
 
 
@@ -34,13 +33,12 @@ def test_documents_come_back(tmp_path):
 @pytest.mark.parametrize("vocab_size, dtype", [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
 def test_smallest_dtype_holds_the_largest_id(tmp_path, vocab_size, dtype):
     tmp_path.joinpath("s").mkdir()
-    writer = StoreWriter(tmp_path / "s", tokenizers.Ids(vocab_size), vocab_size, {})
-    writer.add(np.array([0, vocab_size - 1]))
-    with pytest.raises(UserError, match=f"id {vocab_size}"):
-        writer.add(np.array([1, vocab_size]))
-    with pytest.raises(UserError, match="id -1"):
-        writer.add(np.array([-1]))
-    writer.close()
+    with StoreWriter(tmp_path / "s", tokenizers.Ids(vocab_size), vocab_size, {}) as writer:
+        writer.add(np.array([0, vocab_size - 1]))
+        with pytest.raises(UserError, match=f"id {vocab_size}"):
+            writer.add(np.array([1, vocab_size]))
+        with pytest.raises(UserError, match="id -1"):
+            writer.add(np.array([-1]))
     store = TokenStore(tmp_path / "s")
     assert store.read(0, 2).dtype == dtype and store.read(0, 2).tolist() == [0, vocab_size - 1]
     assert store.tokenizer.vocab_size == vocab_size
@@ -172,7 +170,7 @@ def test_tokenizer_files_round_trip_and_travel_with_the_store(tmp_path, name, bu
     path = tmp_path / name
     build(path)
     tokenizer = tokenizers.load_tokenizer(str(path))
-    text = "the cat and the €"
+    text = "the cat and the hat and the €"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text.encode()) and ids.max() < tokenizer.vocab_size
     directory = write(tmp_path / "s", [text], tokenizer)
@@ -190,6 +188,7 @@ def test_wrong_tokenizers_are_one_clear_line(tmp_path, monkeypatch):
     for name in ("byte", str(tmp_path / "missing.json"), str(tmp_path)):
         with pytest.raises(UserError, match="valid: bytes, ids"):
             tokenizers.load_tokenizer(name)
+    pytest.importorskip("tokenizers"), pytest.importorskip("sentencepiece")
     for name in ("bad.json", "bad.model"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(UserError, match="is not a"):

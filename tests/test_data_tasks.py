@@ -84,7 +84,10 @@ def config_range(name, config):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_functions_of_seed_split_and_number(name):
     rows = rows_of(name)
-    row = lambda rows, number: rows.slice(number, 0, LENGTH)["tokens"].tobytes()
+
+    def row(rows, number):
+        return rows.slice(number, 0, LENGTH)["tokens"].tobytes()
+
     train = [row(rows, number) for number in range(50)]
     assert [row(rows_of(name), number) for number in reversed(range(50))] == train[::-1]
     assert len(set(train)) == 50 and row(rows_of(name, seed=1), 0) != train[0]

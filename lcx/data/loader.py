@@ -130,7 +130,7 @@ class Loader:
 def _same_everywhere(identity: dict[str, Any]) -> None:
     """Raises UserError where the processes of a run are about to read different data: each would train on its own part of it."""
     if jax.process_count() > 1:
-        mine = np.frombuffer(xxhash.xxh3_128_digest(json.dumps(identity, sort_keys=True)), np.uint32)
+        mine = np.frombuffer(xxhash.xxh3_128_digest(json.dumps(identity, sort_keys=True).encode()), np.uint32)
         theirs = multihost_utils.process_allgather(mine)
         if (theirs != theirs[0][None]).any():
             raise UserError(

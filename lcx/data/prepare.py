@@ -86,13 +86,12 @@ def _make(directory: pathlib.Path, source: Source, tokenizer: tokenizers.Tokeniz
     unfinished = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
-        writer = StoreWriter(unfinished, tokenizer, vocab_size, what)
-        for document in source.documents(directory.parent):
-            if source.holds_tokens:
-                writer.add(document)
-            else:
-                writer.add(tokenizer.encode(document), text=document.encode("utf-8"))
-        writer.close()
+        with StoreWriter(unfinished, tokenizer, vocab_size, what) as writer:
+            for document in source.documents(directory.parent):
+                if source.holds_tokens:
+                    writer.add(document)
+                else:
+                    writer.add(tokenizer.encode(document), text=document.encode("utf-8"))
         try:
             os.rename(unfinished, directory)
         except OSError:

@@ -36,7 +36,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 class StoreWriter:
-    """Writes a store into an empty directory, document by document; `close` makes it complete.
+    """Writes a store into an empty directory, document by document; leaving its `with` block without an error completes it.
 
     Args:
       directory: an existing, empty directory.
@@ -58,6 +58,16 @@ class StoreWriter:
         self._block = xxhash.xxh3_64()
         self._block_left = BLOCK_BYTES
         self.text_bytes = 0
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        try:
+            if error_type is None:
+                self._complete()
+        finally:
+            self._file.close()
 
     def add(self, ids: np.ndarray, *, text: bytes | None = None) -> None:
         """Appends one document (an empty one is left out).
@@ -100,19 +110,14 @@ class StoreWriter:
         self._block = xxhash.xxh3_64()
         self._block_left = BLOCK_BYTES
 
-    def close(self) -> None:
-        """Writes offsets, checksums and store.json, and flushes everything to disk.
-
-        Raises:
-          UserError: no document was added.
-        """
+    def _complete(self) -> None:
+        """Flushes the tokens to disk; writes offsets, checksums and store.json. UserError if there is no document."""
         if not self._hashes:
             raise UserError(f"data.source={self._source.get('source')!r} has no documents")
         if self._block_left < BLOCK_BYTES:
             self._end_block()
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         arrays = {
             "offsets.npy": np.array(self._offsets, np.int64),
             "hashes.npy": np.array(self._hashes, np.uint64),

@@ -63,6 +63,13 @@ class Attention(nnx.Module):
                 problems.append(f"{field}={heads} does not divide over mesh.tensor={mesh['tensor']}")
         if sizes.H % sizes.G:
             problems.append(f"model.heads={sizes.H} must be a multiple of model.kv_heads={sizes.G}")
+        sides = config.window or (None, None)
+        if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
+            problems.append(f"window={config.window} must be (left, right) in tokens, each >= 0 or None")
+        if config.sink_tokens < 0:
+            problems.append(f"sink_tokens={config.sink_tokens} must be >= 0")
+        if config.softcap is not None and config.softcap <= 0:
+            problems.append(f"softcap={config.softcap} must be above 0, or None")
         return problems
 
     @classmethod

@@ -92,6 +92,7 @@ def attention(
     """
     given = dict(segments_q_BS=segments_q_BS, segments_k_BT=segments_k_BT, sink_BT=sink_BT, alibi_slopes_H=alibi_slopes_H)
     _check(q_BSHK, k_BTGK, v_BTGK, mask, order_q, order_k, scale, softcap, sink_logits_H, **given)
+    segments_q_BS, segments_k_BT = (None if x is None else jnp.asarray(x, jnp.int32) for x in (segments_q_BS, segments_k_BT))
     (B, S, _, K), T = q_BSHK.shape, k_BTGK.shape[1]
     spec = AttentionSpec(mask, K**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap))
     order_q = contiguous(S) if order_q is None else order_q
@@ -101,8 +102,7 @@ def attention(
         given["sink_BT"] = sink_BT
     backend = attention_backend(implementation, spec, q_BSHK, k_BTGK, v_BTGK, order_q=order_q, order_k=order_k, **given)
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
-    int32 = lambda x: None if x is None else x.astype(jnp.int32)
-    tokens = _Tokens(order_q, order_k, Segments(int32(segments_q_BS), int32(segments_k_BT), sink_BT))
+    tokens = _Tokens(order_q, order_k, Segments(segments_q_BS, segments_k_BT, sink_BT))
     dtype = jnp.float32 if return_lse or sink_logits_H is not None else q_BSHK.dtype
     o_BSHK, lse_BHS = _attend(backend, spec, dtype, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens)
     if sink_logits_H is not None:
@@ -166,8 +166,9 @@ def _check(
         if isinstance(order, Runs):
             _require(order.size == length, f"{name} describes {order.size} tokens and there are {length}")
         elif order is not None:
-            is_order = hasattr(order, "dtype") and jnp.issubdtype(order.dtype, jnp.integer) and order.shape == (length,)
-            _require(is_order, f"{name}={getattr(order, "shape", order)} needs to be None, lcx.ops.Runs or an int array of shape ({length},)")
+            shape = getattr(order, "shape", order)
+            is_order = shape == (length,) and jnp.issubdtype(order.dtype, jnp.integer)
+            _require(is_order, f"{name}={shape} needs to be None, lcx.ops.Runs or an int array of shape ({length},)")
     missing = "segments_k_BT" if segments_k_BT is None else "segments_q_BS"
     both = (segments_q_BS is None) == (segments_k_BT is None)
     _require(both, f"{missing} is missing; give document ids for queries and keys, or for neither")

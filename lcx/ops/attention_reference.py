@@ -11,9 +11,8 @@ KEYS_LIMIT = 16_384
 
 def refuse(spec, shapes, dtypes, device_kind):
     """Refuses long sequences: scores are S x T."""
-    if shapes["k"][1] > KEYS_LIMIT:
-        return f"it holds all scores at once and takes at most {KEYS_LIMIT} keys, not {shapes['k'][1]}"
-    return None
+    keys = shapes["k"][1]
+    return f"it holds all scores at once and takes at most {KEYS_LIMIT} keys, not {keys}" if keys > KEYS_LIMIT else None
 
 
 def _order(order):

@@ -13,6 +13,7 @@ from lcx.data.loader import Loader, make_loader
 from lcx.experiment import Experiment, sizes_of
 from lcx.mesh import make_mesh
 from lcx.ops import dispatch
+from lcx.pretrained import load_params
 from lcx.train_loop import optimizer as optimizers
 from lcx.train_loop import record, screen, trackers
 from lcx.train_loop.checkpoint import Checkpoints
@@ -77,7 +78,9 @@ class Run:
         moments = jax.eval_shape(self.optimizer.init, self.plan.shapes)
         restored = checkpoints.restore(TrainState(self.plan.shapes, moments, counter, counter, counter), self.shardings)
         if restored is None:
-            return init_state(init_params(self.experiment, self.plan, self.mesh), self.optimizer, self.shardings), 0
+            e = self.experiment
+            start = load_params(e.train.init_from, e, self.plan, self.mesh) if e.train.init_from else init_params(e, self.plan, self.mesh)
+            return init_state(start, self.optimizer, self.shardings), 0
         for line in restored.rejected:
             self.screen.say(f"warning: passed over a damaged checkpoint: {line}")
         self.loader.restore(restored.loader)

@@ -8,6 +8,9 @@ import xxhash
 NAME = "lcx_manifest.json"
 BLOCK_BYTES = 1 << 22
 
+# Orbax stamps the time of the commit into this file after the manifest is written; it holds no state.
+STAMPED_LATER = "_CHECKPOINT_METADATA"
+
 
 def _digest(file: pathlib.Path) -> str:
     state = xxhash.xxh3_128()
@@ -18,7 +21,7 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != NAME)
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name not in (NAME, STAMPED_LATER))
     return {str(f.relative_to(directory)): _digest(f) for f in files}
 
 

@@ -81,7 +81,7 @@ def state_shardings(optimizer: optax.GradientTransformation, plan: ModelPlan, me
     """Where every leaf of the state lives: optimizer moments beside their parameters, everything else replicated."""
     params, whole = parameter_shardings(plan.infos, mesh), NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(optimizer.init, plan.shapes)
-    placed = optax.tree_utils.tree_map_params(
+    placed = optax.tree.map_params(
         optimizer,
         lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else whole,
         abstract,

@@ -77,7 +77,7 @@ def make_train_step(
         total, weight, flops, grads = gradients(state.params, batch)
         scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        loss, norm = total * scale, optax.global_norm(grads)
+        loss, norm = total * scale, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(optimizers.clip(grads, norm, experiment.optimizer.clip_norm), state.optimizer, state.params)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import netrc
 import os
 import pathlib
-import netrc
+import secrets
 from typing import Any, Protocol
 
 from lcx.registry import UserError, unknown
@@ -62,7 +63,7 @@ class Wandb:
             mode = "online" if _has_key() else "offline"
         id_file = workdir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         settings = wandb.Settings(console="off", silent=True)
         options = dict(project=config.project, name=name, id=id_file.read_text(), resume="allow", dir=workdir, config=resolved)
         try:

@@ -1,6 +1,7 @@
 """`hf:<name>`: a dataset of the Hugging Face hub, or a local folder in its format."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -45,25 +46,27 @@ class HuggingFace:
 
     def documents(self, cache_dir: pathlib.Path) -> Iterator[str]:
         config = self._config
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        local = pathlib.Path(self._name).is_dir()
+        reason = "" if local else "HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") == "1" else unreachable(endpoint)
+        if reason:
+            # Read when the package is imported; without it every file is asked for five times before the cache is used.
+            os.environ["HF_HUB_OFFLINE"] = "1"
         try:
             import datasets
-            from huggingface_hub import constants
         except ImportError:
             raise UserError(f"data.source='hf:{self._name}' needs the package `datasets`: pip install 'lcx[hf]'") from None
-        local = pathlib.Path(self._name).is_dir()
-        reason = "" if local else unreachable(constants.ENDPOINT)
         options = {} if local else {"revision": config.revision}
         try:
             rows = datasets.load_dataset(
                 self._name,
                 config.subset or None,
                 split=config.split,
-                download_config=datasets.DownloadConfig(local_files_only=bool(reason)),
                 **options,
             )
         except Exception as error:  # the hub client, the readers and the datasets all have errors of their own
             line = (str(error).strip().splitlines() or [""])[0]
-            offline = f"{constants.ENDPOINT} cannot be reached ({reason}) and there is no copy in the cache: " if reason else ""
+            offline = f"{endpoint} cannot be reached ({reason}) and there is no copy in the cache: " if reason else ""
             raise UserError(f"data.source='hf:{self._name}' cannot be loaded: {offline}{type(error).__name__}: {line}") from error
         if config.text_key not in rows.column_names:
             raise unknown("data.hf.text_key", config.text_key, rows.column_names)

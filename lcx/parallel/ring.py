@@ -1,0 +1,151 @@
+"""Ring Attention: queries stay, keys and values go round, and every transfer is under way while a block is computed.
+
+Each device starts with its own block of keys and hands it on, P - 1 times at most; partial results merge in fp32. The
+backward pass is a second ring under the global logsumexp: keys and values go round once more, and the gradient of a block
+follows one hop behind it, so that its transfer too hides behind a computation. With a window only the blocks that some
+query sees come by. The program's size does not depend on P.
+
+Sources: Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889); Brandon et al., "Striped
+Attention" (arXiv 2311.09431). The local gradient that is added last and the two-way legs for windows are ours.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.ops.types import Runs
+from lcx.parallel import sinks
+from lcx.parallel.hops import Leg, Ring, needed_distances, shortest_legs
+from lcx.parallel.layouts import local_runs
+from lcx.parallel.plan import Keys, Plan, Queries, block_backward, block_forward
+
+
+def refuse(plan: Plan) -> str | None:
+    """Serves everything."""
+    return None
+
+
+def forward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H, *, stride: int = 1):
+    """See `lcx.parallel`. `stride`: how many devices stand on one place of the ring; `plan.shards` counts places."""
+    route = Route.of(plan, stride)
+    queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H)
+    own = Keys(k_BtGK, v_BtGK, tokens_Bs)
+    visit = lambda partial, keys, distance: block_forward(route.plan, queries, keys, route.order(distance), partial)
+
+    partial = None
+    if route.sinks is not None:
+        keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, route.ring)
+        partial = block_forward(route.sinks, queries, keys, order)
+    if route.legs and partial is None:
+        B, s, H, _ = q_BsHK.shape
+        partial = jnp.zeros(q_BsHK.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)
+
+    keys, distance = own, 0
+    for number, (sign, hops) in enumerate(route.legs):
+        if number:  # this leg sets out while the last block of the one before is computed
+            partial, keys = route.ring.during(functools.partial(visit, partial, keys, distance), (own, sign))
+            distance, hops = sign, hops - 1
+        partial, keys = _travel(route.ring, visit, (partial, keys), distance, sign, hops)
+        distance += sign * hops
+    return visit(partial, keys, distance)
+
+
+def _travel(ring: Ring, visit: Callable, state: tuple, distance: int, sign: int, hops: int) -> tuple:
+    """Computes `hops` blocks, the first at `distance`, while each is handed on; returns the next block uncomputed."""
+
+    def step(t, state):
+        partial, keys = state
+        return tuple(ring.during(lambda: visit(partial, keys, distance + sign * t), (keys, sign)))
+
+    return lax.fori_loop(0, hops, step, state) if hops else state
+
+
+def backward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, tokens_Bs, slopes_H, *, stride: int = 1):
+    """See `lcx.parallel`, and `forward`. The own block comes last: the others' gradients travel home behind it."""
+    route = Route.of(plan, stride)
+    ring = route.ring
+    queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H, do_BsHK, lse_BHs, delta_BHs)
+    own = Keys(k_BtGK, v_BtGK, tokens_Bs)
+    visit = lambda keys, distance: block_backward(route.plan, queries, keys, route.order(distance))
+
+    dq, homeward = jnp.zeros(q_BsHK.shape, jnp.float32), []
+    keys = ring.hop(own, route.legs[0][0]) if route.legs else None
+    for number, (sign, hops) in enumerate(route.legs):
+        next_leg = [(own, following) for following, _ in route.legs[number + 1 :]]
+        dq, dkv, keys = _travel_back(ring, visit, dq, keys, sign, hops, next_leg)
+        homeward.append((dkv, -sign * hops))
+    (dq_own, dkv_own), *home = ring.during(lambda: visit(own, 0), *homeward)
+    dkv = jax.tree.map(lambda *parts: sum(parts), dkv_own, *home)
+    dq = dq + dq_own
+
+    if route.sinks is not None:
+        keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, ring)
+        dq_sinks, dkv_sinks = block_backward(route.sinks, queries, keys, order)
+        dq, dkv = dq + dq_sinks, sinks.give_back(dkv_sinks, dkv, ring)
+    return dq, *dkv
+
+
+def _travel_back(ring: Ring, visit: Callable, dq: jax.Array, keys: Keys, sign: int, hops: int, next_leg: list):
+    """One leg of the backward ring.
+
+    Args:
+      visit: (keys, distance) -> (dq, (dk, dv)) of one block.
+      dq: sum so far.
+      keys: the block at distance `sign`.
+      next_leg: the transfer that starts the next leg, to be made during the last block of this one; at most one.
+
+    Returns:
+      dq; the gradient of the block that is here at the end, summed over all places it came past; the next leg's first keys.
+    """
+    if hops == 1:
+        (dq_block, dkv), *arrived = ring.during(lambda: visit(keys, sign), *next_leg)
+        return dq + dq_block, dkv, arrived[0] if arrived else None
+
+    (dq_block, dkv), keys = ring.during(lambda: visit(keys, sign), (keys, sign))
+
+    def step(t, state):
+        dq, dkv, keys = state
+        (dq_block, dkv_block), keys, dkv = ring.during(lambda: visit(keys, sign * t), (keys, sign), (dkv, sign))
+        return dq + dq_block, jax.tree.map(jnp.add, dkv, dkv_block), keys
+
+    state = dq + dq_block, dkv, keys
+    dq, dkv, keys = lax.fori_loop(2, hops, step, state) if hops > 2 else state
+    (dq_block, dkv_block), dkv, *arrived = ring.during(lambda: visit(keys, sign * hops), (dkv, sign), *next_leg)
+    return dq + dq_block, jax.tree.map(jnp.add, dkv, dkv_block), arrived[0] if arrived else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where blocks travel.
+
+    Attributes:
+      ring: the places.
+      plan: for the blocks that travel.
+      sinks: for the sink keys where every place fetches them on their own, instead of full hops; else None.
+      legs: which way and how far.
+    """
+
+    ring: Ring
+    plan: Plan
+    sinks: Plan | None
+    legs: list[Leg]
+
+    @classmethod
+    def of(cls, plan: Plan, stride: int) -> "Route":
+        """The shortest route. With packed documents any block may hold sink keys, and all of them come by."""
+        size, ring = plan.shards, Ring(plan.shards, stride)
+        legs = shortest_legs(needed_distances(plan.spec.mask, plan.layout, plan.length, size), size)
+        if not plan.has_sinks or sum(hops for _, hops in legs) == size - 1:
+            return cls(ring, plan, None, legs)
+        if sinks.can_stand_apart(plan):
+            return cls(ring, *sinks.split(plan), legs)
+        return cls(ring, plan, None, [(1, size - 1)])
+
+    def order(self, distance: int | jax.Array) -> Runs:
+        """Where the tokens stand in the row that started `distance` places behind this one."""
+        place = (self.ring.place() - distance) % self.plan.shards
+        return local_runs(self.plan.layout, self.plan.length, self.plan.shards, place)

@@ -1,0 +1,193 @@
+"""The training run: exact continuation, damaged checkpoints, bad steps, accumulation, what a run leaves behind."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lcx.registry import UserError
+from lcx.train_loop import checkpoint, loop, step
+from tests.experiments import small
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of text files of uneven lengths."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = rng.choice(["ring", "block", "scan", "token", "mesh", "axis"], size=int(rng.integers(20, 90)))
+        (folder / f"{i:02d}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture
+def run_of(corpus, tmp_path):
+    """run_of(workdir name, **overrides) -> a Run over the corpus."""
+
+    def make(name="run", **overrides):
+        fields = dict(
+            pattern=("blockwise",),
+            sequence__length=32,
+            train__steps=8,
+            train__batch=2,
+            train__log_every=1,
+            checkpoint__every=2,
+            evaluate__every=3,
+            evaluate__batches=2,
+            optimizer__warmup_steps=2,
+            data__source="text_folder",
+            data__cache_dir=str(corpus.parent / "cache"),
+            data__held_out_fraction=0.2,
+        )
+        extra = {"datasets.text_folder.path": str(corpus)}
+        return loop.Run(small(**(fields | overrides), **extra), tmp_path / name)
+
+    return make
+
+
+def logged(workdir: pathlib.Path, key="loss"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def test_a_run_leaves_its_record_and_its_loss_falls(run_of):
+    run = run_of(train__steps=30, optimizer__learning_rate=1e-2, checkpoint__every=0)
+    summary = run.train()
+    losses = logged(run.workdir)
+    assert losses[30] < losses[1] - 0.5
+    record = json.loads((run.workdir / "run.json").read_text())
+    assert record["implementations"]["attention"][0]["winner"] == "chunked"
+    assert record["parameters"]["total"] == sum(x.size for x in jax.tree.leaves(run.plan.shapes))
+    assert record["mesh"]["devices"] == ["data 0  fsdp 0  tensor 0 | seq: 0"]
+    assert json.loads((run.workdir / "config.json").read_text())["train"]["steps"] == 30
+    assert json.loads((run.workdir / "summary.json").read_text())["held_out"] == summary["held_out"]
+    total = sum(band["loss"] * band["tokens"] for band in summary["held_out"]["by_position"])
+    assert abs(total / summary["held_out"]["tokens"] / summary["held_out"]["loss"] - 1) < 1e-6
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that follows it in the process runs on purpose."""
+
+
+def kill_after(run, steps, monkeypatch):
+    """Lets `steps` optimizer steps start and dies without saving."""
+    compiled = run._compile
+
+    def dying(*args):
+        inner, left = compiled(*args), [steps]
+
+        def call(*args):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return inner(*args)
+
+        return call
+
+    monkeypatch.setattr(run, "_compile", dying)
+    with pytest.raises(Killed):
+        run.train()
+
+
+@pytest.mark.parametrize("deaths", [(5,), (3, 2), (1,)])
+def test_a_killed_run_continues_bit_for_bit(run_of, monkeypatch, deaths):
+    whole = run_of("whole")
+    whole.train()
+    for steps in deaths:
+        kill_after(run_of("broken"), steps, monkeypatch)
+    run_of("broken").train()
+    for key in ("loss", "grad_norm", "learning_rate", "held_out_loss"):
+        assert logged(run_of("broken").workdir, key) == logged(whole.workdir, key)
+
+
+def test_another_seed_would_not_pass_for_a_continuation(run_of):
+    run_of("a").train()
+    run_of("b", seed=1).train()
+    assert logged(run_of("a").workdir) != logged(run_of("b").workdir)
+
+
+def flip_a_bit(directory):
+    largest = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_a_flipped_bit_falls_back_to_the_last_good_step(run_of, capsys):
+    run_of().train()
+    workdir = run_of().workdir
+    losses = logged(workdir)
+    flip_a_bit(workdir / "checkpoints" / "8")
+    run_of().train()
+    assert "does not match its checksum" in capsys.readouterr().out
+    assert logged(workdir) == losses
+
+
+def test_only_damaged_checkpoints_are_an_error(run_of):
+    run_of().train()
+    for saved in (run_of().workdir / "checkpoints").iterdir():
+        if saved.is_dir():
+            flip_a_bit(saved)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        run_of().train()
+
+
+@pytest.mark.parametrize(
+    "field,value,text",
+    [("model__dim", 64, "model.dim: 32 -> 64"), ("optimizer__learning_rate", 1.0, "optimizer.learning_rate"), ("train__steps", 9, "train.steps: 8 -> 9")],
+)
+def test_a_checkpoint_of_another_training_is_refused(run_of, field, value, text):
+    run_of().train()
+    with pytest.raises(UserError, match=text):
+        run_of(**{field: value}).train()
+
+
+def test_free_fields_may_change_on_continuation(run_of):
+    run_of().train()
+    shutil.rmtree(run_of().workdir / "checkpoints" / "8")
+    summary = run_of(train__log_every=2, block__token_chunk=16, block__remat="minimal").train()
+    assert summary["step"] == 8
+
+
+def test_bad_steps_are_skipped_counted_and_end_the_run(run_of):
+    run = run_of(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, optimizer__schedule="constant", train__steps=20, train__max_bad_steps=3)
+    summary = run.train()
+    assert summary["ending"] == "diverged" and summary["skipped"] == 3
+    skipped = logged(run.workdir, "skipped")
+    assert max(skipped.values()) == 3
+    assert (run.workdir / "checkpoints" / str(summary["step"])).is_dir()
+
+
+def test_accumulation_equals_one_big_batch_with_uneven_padding(run_of):
+    """The parts of a batch hold different numbers of valid tokens, so means of means would differ."""
+    results = []
+    for count in (1, 2, 4):
+        run = run_of(f"a{count}", train__accumulate=count, train__batch=4, sequence__length=512, data__packing="none")
+        batch = next(run.loader)
+        weights = np.asarray(batch["weights_BS"]).sum(1)
+        assert len(set(weights.tolist())) > 1
+        with jax.set_mesh(run.mesh):
+            state = loop.init_state(loop.init_params(run.experiment, run.plan, run.mesh), run.optimizer, run.shardings)
+            _, metrics = jax.jit(step.make_train_step(run.experiment, run.plan, run.optimizer, run.mesh))(state, batch)
+        results.append((float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["weight"])))
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=2e-6)
+
+
+def test_config_differences_name_the_field_and_both_values():
+    assert checkpoint.differences({"a": {"b": 1}, "mesh": {"seq": 1}}, {"a": {"b": 2}, "mesh": {"seq": 4}}) == ["a.b: 1 -> 2"]
+
+
+def test_init_from_starts_at_the_published_loss(run_of):
+    """The first loss of a run that starts from a checkpoint is not that of random weights."""
+    fixture = pathlib.Path(__file__).parent / "fixtures" / "llama_gqa_untied"
+    fields = dict(model__vocab=96, data__source="copy", train__steps=1, checkpoint__every=0)
+    fields |= {"datasets__copy__vocab": 90}
+    random = run_of("random", **fields)
+    published = run_of("published", train__init_from=str(fixture), **fields)
+    random.train(), published.train()
+    assert logged(random.workdir)[1] != logged(published.workdir)[1]
