@@ -186,7 +186,7 @@ def test_init_from_starts_at_the_published_loss(run_of):
     """The first loss of a run that starts from a checkpoint is not that of random weights."""
     fixture = pathlib.Path(__file__).parent / "fixtures" / "llama_gqa_untied"
     fields = dict(model__vocab=96, data__source="copy", train__steps=1, checkpoint__every=0)
-    fields |= {"datasets__copy__vocab": 90}
+    fields |= {"datasets__copy__symbols": 90}
     random = run_of("random", **fields)
     published = run_of("published", train__init_from=str(fixture), **fields)
     random.train(), published.train()

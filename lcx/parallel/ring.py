@@ -132,18 +132,18 @@ class Route:
     ring: Ring
     plan: Plan
     sinks: Plan | None
-    legs: list[Leg]
+    legs: tuple[Leg, ...]
 
     @classmethod
     def of(cls, plan: Plan, stride: int) -> "Route":
         """The shortest route. With packed documents any block may hold sink keys, and all of them come by."""
         size, ring = plan.shards, Ring(plan.shards, stride)
-        legs = shortest_legs(needed_distances(plan.spec.mask, plan.layout, plan.length, size), size)
+        legs = tuple(shortest_legs(needed_distances(plan.spec.mask, plan.layout, plan.length, size), size))
         if not plan.has_sinks or sum(hops for _, hops in legs) == size - 1:
             return cls(ring, plan, None, legs)
         if sinks.can_stand_apart(plan):
             return cls(ring, *sinks.split(plan), legs)
-        return cls(ring, plan, None, [(1, size - 1)])
+        return cls(ring, plan, None, ((1, size - 1),))
 
     def order(self, distance: int | jax.Array) -> Runs:
         """Where the tokens stand in the row that started `distance` places behind this one."""

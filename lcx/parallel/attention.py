@@ -1,0 +1,215 @@
+"""Softmax attention over a sequence that is spread over devices: one meaning, one custom VJP, any strategy."""
+
+import dataclasses
+import functools
+import math
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from lcx.mesh import BATCH_AXES
+from lcx.ops.partials import add_sink
+from lcx.ops.types import AttentionSpec, Mask
+from lcx.parallel import STRATEGIES, sinks
+from lcx.parallel.layouts import check_layout, padded_length, sequence_permutation
+from lcx.parallel.plan import Plan, pack_tokens
+from lcx.registry import UserError, load
+from lcx.sharding import activation_spec, per_shard
+
+
+def context_attention(
+    q_BSHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    mesh: Mesh,
+    axis: str = "seq",
+    strategy: str = "ring",
+    layout: str = "zigzag",
+    mask: Mask,
+    segments_BS: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes_H: jax.Array | None = None,
+    sink_logits_H: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+    ulysses_degree: int | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`lcx.ops.attention.attention` of rows that are spread over the mesh: the same values and gradients on any mesh.
+
+    Batch is spread over (data, fsdp), tokens over seq, heads over tensor. Partial results and sums of gradients over devices
+    are fp32; keys and values travel in their own dtype and are not repeated for grouped queries. A length that does not
+    divide is padded inside, at the cost of a gather.
+
+    Args:
+      q_BSHK, k_BTGK, v_BTGK: queries, keys and values of one floating dtype, S = T, tokens in `layout` order (for a length
+        that does not divide: `sequence_permutation(layout, S, shards)`).
+      mesh: the device mesh.
+      axis: the mesh axis of the tokens; only "seq".
+      strategy: a name from `lcx.parallel.STRATEGIES`.
+      layout: a name from `lcx.parallel.layouts.LAYOUTS`.
+      mask: visibility, in terms of order and documents.
+      segments_BS: int document ids, 0 for padding, non-decreasing in order; None for rows of one document.
+      scale, softcap, alibi_slopes_H, sink_logits_H: as in `lcx.ops.attention.attention`.
+      return_lse: also return the logsumexp of each row's scores, differentiable, and o in fp32.
+      implementation: of the attention backend on each device.
+      ulysses_degree: devices in one group of strategy "ulysses_ring"; None takes the largest that the heads allow.
+
+    Returns:
+      o_BSHK in q's dtype; with `return_lse`, (o_BSHK, lse_BHS) in fp32.
+
+    Raises:
+      UserError: arguments that do not fit together or onto the mesh; a strategy or implementation that cannot run.
+    """
+    _check(q_BSHK, k_BTGK, v_BTGK, mesh, axis, layout, mask, segments_BS, alibi_slopes_H, sink_logits_H)
+    (_, S, H, K), G = q_BSHK.shape, k_BTGK.shape[2]
+    shards, tensor = mesh.shape["seq"], mesh.shape["tensor"]
+    length = padded_length(layout, S, shards)
+    plan = Plan(
+        spec=AttentionSpec(mask, K**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap)),
+        layout=layout,
+        shards=shards,
+        length=length,
+        q_heads=H // tensor,
+        kv_heads=G // tensor,
+        packed=segments_BS is not None or length != S,
+        implementation=implementation,
+        ulysses_degree=ulysses_degree,
+    )
+    module = _strategy(strategy, plan)
+
+    if length != S:
+        padding = Padding(layout, S, length, shards)
+        segments_BS = jnp.ones(q_BSHK.shape[:2], jnp.int32) if segments_BS is None else segments_BS
+        q_BSHK, k_BTGK, v_BTGK, segments_BS = (padding.add(x) for x in (q_BSHK, k_BTGK, v_BTGK, segments_BS))
+    tokens_BS = None
+    if segments_BS is not None:
+        sink_BS = None
+        if plan.has_sinks:
+            sink_BS = sinks.leading_tokens_BS(segments_BS.astype(jnp.int32), mask.sink_tokens, layout=layout, mesh=mesh)
+        tokens_BS = pack_tokens(segments_BS, sink_BS)
+
+    dtype = jnp.float32 if return_lse or sink_logits_H is not None else q_BSHK.dtype
+    slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
+    call = _Call(module, plan, mesh, jnp.dtype(dtype))
+    o_BSHK, lse_BHS = _attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
+    if length != S:
+        o_BSHK, lse_BHS = padding.remove(o_BSHK), padding.remove(lse_BHS, dim=2)
+    if sink_logits_H is not None:
+        o_BSHK, lse_BHS = add_sink(o_BSHK, lse_BHS, sink_logits_H)
+    return (o_BSHK, lse_BHS) if return_lse else o_BSHK.astype(q_BSHK.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static in `_attend`."""
+
+    strategy: ModuleType
+    plan: Plan
+    mesh: Mesh
+    dtype: jnp.dtype
+
+    def run(self, function: str, dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
+        """The strategy's `forward` or `backward` on every device."""
+        specs = tuple(activation_spec(d) for d in dims)
+        local = functools.partial(getattr(self.strategy, function), self.plan)
+        out_specs = tuple(activation_spec(d) for d in out_dims)
+        return per_shard(local, mesh=self.mesh, in_specs=specs, out_specs=out_specs)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, q, k, v, slopes_H, tokens_BS):
+    return _attend_forward(call, q, k, v, slopes_H, tokens_BS)[0]
+
+
+def _attend_forward(call, q, k, v, slopes_H, tokens_BS):
+    o, lse = call.run("forward", ("BSHK", "BTGK", "BTGK", "BS", "H"), ("BSHK", "BHS"), q, k, v, tokens_BS, slopes_H)
+    # Named here, among the residuals, so that a remat policy can save them and the forward ring is not run again.
+    o, lse = checkpoint_name(o.astype(call.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (o, lse), (q, k, v, slopes_H, tokens_BS, o, lse)
+
+
+def _attend_backward(call, residuals, cotangents):
+    q, k, v, slopes_H, tokens_BS, o, lse = residuals
+    do, dlse = cotangents
+    delta = jnp.einsum("bshk,bshk->bhs", do.astype(jnp.float32), o.astype(jnp.float32)) - dlse
+    delta = jnp.where(lse == -jnp.inf, 0.0, delta)
+    dims = ("BSHK", "BTGK", "BTGK", "BSHK", "BHS", "BHS", "BS", "H")
+    dq, dk, dv = call.run("backward", dims, ("BSHK", "BTGK", "BTGK"), q, k, v, do, lse, delta, tokens_BS, slopes_H)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tokens_BS)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jax.tree.map(jnp.zeros_like, slopes_H), none
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """A row of `length` tokens in `layout` order <-> the padded row in `layout` order, where padding stands in between."""
+
+    layout: str
+    length: int
+    padded: int
+    shards: int
+
+    def _kept(self) -> np.ndarray:
+        """Where in the padded row the tokens stand that are not padding."""
+        return np.flatnonzero(sequence_permutation(self.layout, self.padded, self.shards) < self.length)
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """B S ... -> B (padded S) ..., with zeros for padding."""
+        return jnp.zeros((x.shape[0], self.padded, *x.shape[2:]), x.dtype).at[:, self._kept()].set(x)
+
+    def remove(self, x: jax.Array, dim: int = 1) -> jax.Array:
+        """The inverse of `add`."""
+        return jnp.take(x, self._kept(), axis=dim)
+
+
+def _strategy(name: str, plan: Plan) -> ModuleType:
+    """The module of a strategy that serves this plan. On one device all are the same, and nothing is sent."""
+    module = load(STRATEGIES, name, field="strategy")
+    _require(
+        plan.ulysses_degree is None or name == "ulysses_ring",
+        f"ulysses_degree={plan.ulysses_degree} is for strategy='ulysses_ring', and strategy={name!r}",
+    )
+    reason = module.refuse(plan)
+    if reason is not None:
+        without_degree = dataclasses.replace(plan, ulysses_degree=None)
+        others = [other for other in STRATEGIES if other != name and load(STRATEGIES, other, field="strategy").refuse(without_degree) is None]
+        raise UserError(f"context_attention: strategy={name!r} cannot run: {reason}; strategies that can: {', '.join(others)}")
+    return module if plan.shards > 1 else load(STRATEGIES, "ring", field="strategy")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(f"context_attention: {message}")
+
+
+def _check(q, k, v, mesh, axis, layout, mask, segments_BS, alibi_slopes_H, sink_logits_H):
+    """Raises a one-line UserError for arguments that do not fit together or onto the mesh."""
+    _require(axis == "seq", f"axis={axis!r}; tokens are spread over the mesh axis 'seq'")
+    check_layout(layout)
+    for name, x in (("q_BSHK", q), ("k_BTGK", k), ("v_BTGK", v)):
+        _require(x.ndim == 4, f"{name} has shape {x.shape}; it needs 4 dims, {', '.join(name[2:])}")
+        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == q.dtype
+        _require(floating, f"{name} has dtype {x.dtype} and q_BSHK {q.dtype}; they need one floating dtype")
+    (B, S, H, K), G = q.shape, k.shape[2]
+    _require(k.shape == (B, S, G, K), f"k_BTGK has shape {k.shape}; with q_BSHK {q.shape} it needs B={B}, T=S={S}, K={K}")
+    _require(v.shape == k.shape, f"v_BTGK has shape {v.shape} and k_BTGK {k.shape}; they need the same")
+    _require(S > 0 and G > 0 and H % G == 0, f"H={H} query heads cannot be divided among G={G} key/value heads, S={S}")
+    _require(isinstance(mask, Mask), f"mask={mask!r} needs to be an lcx.ops.Mask")
+    rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
+    _require(B % rows == 0, f"B={B} rows cannot be divided among mesh axes data*fsdp={rows}")
+    for name, heads in (("query heads H", H), ("key/value heads G", G)):
+        _require(heads % tensor == 0, f"{name}={heads} cannot be divided among mesh axis tensor={tensor}")
+    if segments_BS is not None:
+        is_ids = segments_BS.shape == (B, S) and jnp.issubdtype(segments_BS.dtype, jnp.integer)
+        _require(is_ids, f"segments_BS is {segments_BS.dtype}{segments_BS.shape}; it needs int{(B, S)}")
+    for name, x in (("alibi_slopes_H", alibi_slopes_H), ("sink_logits_H", sink_logits_H)):
+        if x is not None:
+            _require(x.shape == (H,), f"{name} has shape {x.shape}; it needs ({H},), one entry per query head")
