@@ -9,8 +9,11 @@ import dataclasses
 import importlib.util
 import inspect
 import pathlib
+import re
+import traceback
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -93,7 +96,11 @@ def base() -> ml_collections.ConfigDict:
     config.require = ml_collections.ConfigDict({op: "" for op in KERNELS})
     config.layers = ml_collections.ConfigDict()
     config.rehearsal = ml_collections.ConfigDict()
-    return config.lock()
+    config.lock()
+    # A config file names its own layer kinds, and any field, in these two; the loader checks them.
+    config.layers.unlock()
+    config.rehearsal.unlock()
+    return config
 
 
 def part_class(table: dict[str, str], name: str, field: str = "") -> Any:
@@ -123,15 +130,31 @@ def load_file(path: str) -> ml_collections.ConfigDict:
             wanted = "needs an argument, as in FILE:arg" if takes_argument else "takes no argument"
             raise UserError(f"--config={path}: get_config() {wanted}")
         config = module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
-        raise UserError(f"--config={name}: {_one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if (mistake := _mistake(error, file)) is None:
+            raise
+        raise mistake from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={name}: get_config() returned {type(config).__name__}, not a ConfigDict")
     return config
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())
+def _mistake(error: Exception, file: pathlib.Path) -> UserError | None:
+    """One line for what a config file, or a ConfigDict that it used, raised; None for a failure elsewhere, which is ours."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return UserError(f"{file}:{error.lineno}: {error.msg}")
+    frames = [(f, f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    innermost, last = [(f, name) for f, name, _ in frames if not name.startswith("<frozen ")][-1]
+    owner, lines = innermost.f_locals.get("self"), [line for _, name, line in frames if name == str(file)]
+    if not lines or not (last == str(file) or isinstance(owner, ml_collections.ConfigDict)):
+        return None
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    missing = re.match(r"\W*(?:Key\W+)?(\w+)", text) if isinstance(error, (AttributeError, KeyError)) else None
+    if missing and isinstance(owner, ml_collections.ConfigDict):
+        return registry.unknown(f"{file}:{lines[-1]}: config field", missing[1], owner)
+    return UserError(f"{file}:{lines[-1]}: {type(error).__name__}: {text}")
 
 
 def declared(path: str) -> tuple[type, bool] | None:
@@ -163,7 +186,8 @@ def assign(config: ml_collections.ConfigDict, path: str, value: Any, *, origin: 
     if not isinstance(node, ml_collections.ConfigDict) or last not in node:
         raise registry.unknown(f"{origin}: config field", path, _siblings(node, parents))
     if isinstance(node[last], ml_collections.ConfigDict):
-        raise UserError(f"{origin}: {path} is a block; set one of {', '.join(_siblings(node[last], path.split('.')))}")
+        inside = ", ".join(_siblings(node[last], path.split("."))) or "(none; a config file defines them)"
+        raise UserError(f"{origin}: {path} is a block; set one of {inside}")
     kind, none_allowed = declared(path) or (node.get_type(last), False)
     parsed = parse(value, kind) if isinstance(value, str) and kind is not str else value
     if none_allowed and parsed in (None, "None", "none"):
@@ -198,14 +222,26 @@ def fits(value: Any, kind: type) -> bool:
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
 
 
+def check_fields(found: Iterable[str], declared_names: Iterable[str], field: str) -> None:
+    """Raises UserError unless a block has the declared fields, all of them and no others."""
+    found, declared_names = set(found), sorted(declared_names)
+    for name in sorted(found.difference(declared_names)):
+        raise registry.unknown(f"{field} field", name, declared_names)
+    for name in declared_names:
+        if name not in found:
+            raise UserError(f"{field}.{name} is missing; change fields of the block rather than replace it")
+
+
 def typed(config_class: type, values: Any, field: str) -> Any:
     """The typed config of a block.
 
     Raises:
-      UserError: a value of another type than the dataclass declares (a config file may have set None or True on an int).
+      UserError: a value of another type than the dataclass declares (a config file may have set None or True on an int), a
+        field that it does not declare or one that is missing (a config file may have replaced or unlocked a block).
     """
-    values = dict(values)
-    for name, hint in typing.get_type_hints(config_class).items():
+    values, hints = dict(values), typing.get_type_hints(config_class)
+    check_fields(values, hints, field)
+    for name, hint in hints.items():
         kind, none_allowed = optional(hint)
         value = values[name]
         if value is None and none_allowed:

@@ -1,14 +1,17 @@
 """One experiment: the config resolved into typed blocks, checked as a whole, at full scale or in rehearsal."""
 
 import dataclasses
+import importlib.util
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
+from flax import nnx
 
-from lcx import block, config, mesh, model, registry
-from lcx.data import DATASETS
+from lcx import block, config, mesh, model, registry, remat
+from lcx.data import load_source
 from lcx.data.config import DataConfig
 from lcx.dims import Sizes
 from lcx.ffn import FFNS
@@ -17,6 +20,43 @@ from lcx.parallel import layouts
 from lcx.posenc import POSENCS
 from lcx.registry import UserError
 from lcx.train_loop import optimizer, settings
+from pallas_kernels import KERNELS
+
+DTYPES = ("bfloat16", "float32")
+
+# Field -> its smallest and its largest value, None for no limit. A field left at None is not compared.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "sequence.length": (1, None),
+    "model.layers": (1, None),
+    "model.dim": (1, None),
+    "model.heads": (1, None),
+    "model.kv_heads": (1, None),
+    "model.head_dim": (1, None),
+    "model.vocab": (1, None),
+    "block.token_chunk": (0, None),
+    "loss.chunk": (1, None),
+    "loss.z_loss": (0, None),
+    "loss.label_smoothing": (0, 1),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.eps": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.decay_fraction": (0, 1),
+    "optimizer.final_fraction": (0, 1),
+    "train.steps": (1, None),
+    "train.batch": (1, None),
+    "train.accumulate": (1, None),
+    "train.log_every": (1, None),
+    "train.max_bad_steps": (1, None),
+    "evaluate.every": (0, None),
+    "evaluate.batches": (1, None),
+    "evaluate.buckets": (1, None),
+    "checkpoint.every": (0, None),
+    "checkpoint.keep": (1, None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +134,15 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def resolve(conf: ml_collections.ConfigDict, full_length: int) -> Experiment:
     """The typed, checked experiment of a complete config."""
+    top = [field.name for field in dataclasses.fields(config.RunConfig)]
+    config.check_fields(conf, [*top, *config.BLOCKS, *config.TABLES, "require", "layers", "rehearsal"], "config")
+    for name, table in {**config.TABLES, "require": KERNELS}.items():
+        config.check_fields(conf[name], table, name)
     blocks = {name: config.typed(kind, conf[name], name) for name, kind in config.BLOCKS.items()}
     axes = dataclasses.asdict(blocks.pop("mesh"))
-    top = {field.name: conf[field.name] for field in dataclasses.fields(config.RunConfig)}
-    run = config.typed(config.RunConfig, top, "config")
+    run = config.typed(config.RunConfig, {name: conf[name] for name in top}, "config")
+    if not run.pattern:
+        raise UserError(f"config.pattern=() must name a layer kind (valid: {', '.join([*conf.layers, *MIXERS])})")
     mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes))
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     experiment = Experiment(
@@ -134,22 +179,26 @@ def _device_count(axes: dict[str, int]) -> int:
 def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str) -> model.LayerKind:
     """The parts of one entry of the pattern: `layers.<name>` if the config defines it, else the mixer of that name."""
     if name in conf.layers:
-        stated = conf.layers[name].to_dict()
+        stated = conf.layers[name]
+        if not isinstance(stated, ml_collections.ConfigDict):
+            raise UserError(f"layers.{name}={stated!r} must be a dict such as dict(mixer='ring', window=4096)")
+        stated = stated.to_dict()
     elif name in MIXERS:
         stated = {}
     else:
         raise registry.unknown("config.pattern entry", name, [*conf.layers, *MIXERS])
     field = f"layers.{name}"
+    origin = {part: f"{field}.{part}" if part in stated else f"config.{part}" for part in ("posenc", "ffn")}
     chosen = {part: stated.pop(part, default) for part, default in (("mixer", name), ("posenc", run.posenc), ("ffn", run.ffn))}
     mixer = registry.load(MIXERS, chosen["mixer"], field=f"{field}.mixer")
-    posenc = registry.load(POSENCS, chosen["posenc"], field=f"{field}.posenc" if "posenc" in stated else "config.posenc")
-    ffn = registry.load(FFNS, chosen["ffn"], field="config.ffn")
+    posenc = registry.load(POSENCS, chosen["posenc"], field=origin["posenc"])
+    ffn = registry.load(FFNS, chosen["ffn"], field=origin["ffn"])
     values = dict(conf.mixers[chosen["mixer"]])
     for key, value in stated.items():
         if key not in values:
             raise registry.unknown(f"{field} field", key, ["mixer", "posenc", "ffn", *values])
         # An int window is the sliding window W of other frameworks: the token itself and W - 1 before it.
-        values[key] = (value - 1, 0) if key == "window" and isinstance(value, int) else value
+        values[key] = (value - 1, 0) if key == "window" and config.fits(value, int) else value
     return model.LayerKind(
         name=name,
         mixer=mixer,
@@ -163,8 +212,7 @@ def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str
 
 def dataset_config(conf: ml_collections.ConfigDict, source: str) -> Any:
     """The typed config of the data source; `tfds:name` and `hf:name` look up the part before the colon."""
-    name = source.partition(":")[0]
-    part = registry.load(DATASETS, name, field="data.source")
+    part, name = load_source(source)[0], source.partition(":")[0]
     return config.typed(part.Config, conf.datasets[name], f"datasets.{name}")
 
 
@@ -185,9 +233,14 @@ def check(experiment: Experiment) -> list[str]:
     e, sizes, problems = experiment, experiment.model.sizes(vocab=0), []
     rows, shards = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"], e.mesh_sizes["seq"]
     owners = e.mesh_sizes["fsdp"] * shards
-    for field, value in _counts(e):
-        if value < 1:
-            problems.append(f"{field}={value} must be at least 1")
+    problems += [str(registry.unknown(field, name, valid)) for field, name, valid in _names(e) if name not in valid]
+    for field, (low, high) in RANGES.items():
+        of_block, _, name = field.partition(".")
+        value = getattr(getattr(e, of_block), name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            problems.append(f"{field}={value} must be at least {low}" + ("" if high is None else f" and at most {high}"))
+    if e.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        problems.append("track.tensorboard=True needs the extra: pip install 'lcx[tensorboard]'")
     if problems:
         return problems
     if e.train.batch % e.train.accumulate:
@@ -206,30 +259,52 @@ def check(experiment: Experiment) -> list[str]:
             f"{e.layout!r}; the nearest is {near}"
         )
     if sizes.D % owners:
-        problems.append(f"model.dim={sizes.D} must be a multiple of mesh.fsdp*mesh.seq={owners}, over which parameters are spread")
+        problems.append(
+            f"model.dim={sizes.D} must be a multiple of mesh.fsdp*mesh.seq={owners}, over which parameters are spread"
+        )
     if e.model.head_dim is None and sizes.D % sizes.H:
         problems.append(f"model.dim={sizes.D} is no multiple of model.heads={sizes.H}; set model.head_dim")
-    for kind in {kind.name: kind for kind in e.pattern}.values():
-        problems += [f"layer {kind.name!r}: {p}" for p in kind.mixer.check(kind.mixer_config, sizes, e.sequence.length, e.mesh_sizes)]
+    kinds, tensor = list({kind.name: kind for kind in e.pattern}.values()), e.mesh_sizes["tensor"]
+    for kind in kinds:
+        found = kind.mixer.check(kind.mixer_config, sizes, e.sequence.length, e.mesh_sizes)
+        problems += [f"layer {kind.name!r}: {problem}" for problem in found]
         width = kind.ffn.inner_width(kind.ffn_config, sizes.D)
-        if width % e.mesh_sizes["tensor"]:
-            problems.append(f"layer {kind.name!r}: feed-forward width {width} does not divide over mesh.tensor={e.mesh_sizes['tensor']}")
+        if width < 1:
+            problems.append(f"layer {kind.name!r}: feed-forward width {width} must be at least 1")
+        if width % tensor:
+            problems.append(f"layer {kind.name!r}: feed-forward width {width} does not divide over mesh.tensor={tensor}")
         if e.block.fuse_attention and not kind.mixer.caps.fused:
             problems.append(f"block.fuse_attention=True: mixer of layer {kind.name!r} cannot be fused; 'blockwise' can")
     if len(e.pattern) > sizes.L:
         problems.append(f"config.pattern has {len(e.pattern)} entries and model.layers={sizes.L} has no room for them")
-    return problems
+    return problems or [problem for kind in kinds for problem in _build_problems(kind, sizes)]
 
 
-def _counts(e: Experiment) -> list[tuple[str, int]]:
-    fields = {
-        "model": ("layers", "dim", "heads"),
-        "sequence": ("length",),
-        "train": ("steps", "batch", "accumulate", "log_every", "max_bad_steps"),
-        "evaluate": ("batches", "buckets"),
-        "checkpoint": ("keep",),
-    }
-    return [(f"{block}.{name}", getattr(getattr(e, block), name)) for block, names in fields.items() for name in names]
+def _names(e: Experiment) -> list[tuple[str, str, Iterable[str]]]:
+    """Every field that holds one of a fixed set of names: field, name, valid ones."""
+    return [
+        ("model.dtype", e.model.dtype, DTYPES),
+        ("block.remat", e.block.remat, remat.POLICIES),
+        ("optimizer.name", e.optimizer.name, optimizer.OPTIMIZERS),
+        ("optimizer.schedule", e.optimizer.schedule, optimizer.SCHEDULES),
+        ("track.wandb", e.track.wandb, settings.WANDB_MODES),
+        *((f"require.{op}", name, KERNELS[op]) for op, name in e.require.items()),
+    ]
+
+
+def _build_problems(kind: model.LayerKind, sizes: Sizes) -> list[str]:
+    """What the parts of a layer find wrong with their configs when they are built; nothing is allocated."""
+
+    def build():
+        rngs = nnx.Rngs(params=jax.random.key(0))
+        kind.mixer(kind.mixer_config, sizes, kind.posenc(kind.posenc_config, sizes.K), rngs=rngs)
+        kind.ffn(kind.ffn_config, sizes, rngs=rngs)
+
+    try:
+        jax.eval_shape(build)
+    except UserError as error:
+        return [f"layer {kind.name!r}: {error}"]
+    return []
 
 
 def sizes_of(experiment: Experiment, vocab: int) -> Sizes:

@@ -21,7 +21,7 @@ def unknown(what: str, name: Any, valid: Iterable[Any]) -> UserError:
     valid = [str(v) for v in valid]
     near = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(f"{what}={name!r} is not known{hint} (valid: {', '.join(valid)})")
+    return UserError(f"{what}={name!r} is not known{hint} (valid: {', '.join(valid) or 'none'})")
 
 
 def load(table: Mapping[str, str], name: str, *, field: str) -> Any:

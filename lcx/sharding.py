@@ -92,6 +92,9 @@ def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: 
     if form not in ("kernel", "tokenwise"):
         raise ValueError(f"per_shard form={form!r} is not known (valid: kernel, tokenwise)")
     axes = AXES if form == "kernel" else TOKEN_AXES
+    if form == "tokenwise" and all(mesh.shape[axis] == 1 for axis in axes):
+        # Every device already has all tokens; XLA's partitioner rejects a manual region whose manual axes hold one device.
+        return fn
     is_spec = lambda x: isinstance(x, PartitionSpec)
     restrict = lambda specs: jax.tree.map(lambda s: _restrict(s, axes), specs, is_leaf=is_spec)
     return jax.shard_map(fn, mesh=mesh, in_specs=restrict(in_specs), out_specs=restrict(out_specs), axis_names=set(axes), check_vma=False)

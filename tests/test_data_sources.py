@@ -63,9 +63,9 @@ def test_standard_library(tmp_path):
     # The same builder's files, found by name as a dataset of the catalogue would be.
     again = prepare(DataConfig(source="tfds:stdlib_text", cache_dir=str(tmp_path)), tfds.Config(split="train[:10]"))
     assert documents(again) == texts[:10]
-    with pytest.raises(UserError, match="data.tfds.text_key='txt'.*did you mean 'text'"):
+    with pytest.raises(UserError, match="datasets.tfds.text_key='txt'.*did you mean 'text'"):
         prepare(DataConfig(source="tfds:stdlib_text", cache_dir=str(tmp_path)), tfds.Config(text_key="txt"))
-    with pytest.raises(UserError, match="data.tfds.split='test'.*valid: train"):
+    with pytest.raises(UserError, match="datasets.tfds.split='test'.*valid: train"):
         prepare(DataConfig(source="tfds:stdlib_text", cache_dir=str(tmp_path)), tfds.Config(split="test"))
 
 
@@ -86,7 +86,7 @@ def test_text_folder(tmp_path, folder):
         prepare(config, text_folder.Config(path=str(folder)))
     assert not list((tmp_path / "cache").glob(".*-*")), "a failure leaves nothing half made"
     for changes in (dict(path=""), dict(path="nowhere"), dict(path=str(folder), pattern="*.rst")):
-        with pytest.raises(UserError, match="data.text_folder"):
+        with pytest.raises(UserError, match="datasets.text_folder"):
             prepare(config, text_folder.Config(**changes))
 
 
@@ -108,9 +108,9 @@ def test_token_file(tmp_path):
         (dict(path=flat, vocab_size=300), "ids", "holds id 300.*vocab_size is 300"),
         (dict(path=flat), "bytes", "holds id 300.*vocabulary is 256.*or 'ids'"),
         (dict(path=flat, vocab_size=400), "bytes", "only with data.tokenizer='ids'"),
-        (dict(path=flat, dtype="float32"), "ids", "data.token_file.dtype='float32'"),
+        (dict(path=flat, dtype="float32"), "ids", "datasets.token_file.dtype='float32'"),
         (dict(path=str(tmp_path / "odd.bin")), "ids", "not a flat array of uint16"),
-        (dict(path=str(tmp_path / "square.npy")), "ids", "not one row of ids"),
+        (dict(path=str(tmp_path / "square.npy")), "ids", "not a row of ids"),
         (dict(path="missing.bin"), "ids", "must be a file"),
     ]:
         with pytest.raises(UserError, match=match):
@@ -121,7 +121,7 @@ def test_unreachable_catalogues_say_so_at_once(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(
-        UserError, match="tfds:lm1b' must be downloaded and http.* cannot be reached .*refused.*data.tfds.data_dir"
+        UserError, match="tfds:lm1b' must be downloaded and http.* cannot be reached .*refused.*datasets.tfds.data_dir"
     ):
         prepare(DataConfig(source="tfds:lm1b", cache_dir=str(tmp_path)))
     with pytest.raises(UserError, match="did you mean 'lm1b'"):
@@ -153,7 +153,7 @@ def test_hugging_face(tmp_path, monkeypatch):
     assert documents(prepare(config, hf.Config(subset="en", revision="v1"))) == ["one", "two"]
     assert asked == [(("owner/name", "en"), dict(split="train", revision="v1"))]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(UserError, match="data.hf.text_key='body'"):
+    with pytest.raises(UserError, match="datasets.hf.text_key='body'"):
         prepare(config, hf.Config(text_key="body"))
 
     def missing(*arguments, **options):

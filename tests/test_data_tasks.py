@@ -138,14 +138,14 @@ def test_the_key_stands_at_its_depth(depth):
 
 def test_user_mistakes():
     for name, changes, match in [
-        ("copy", dict(symbols=1), "data.copy.symbols=1"),
+        ("copy", dict(symbols=1), "datasets.copy.symbols=1"),
         ("copy", dict(loss_on="answer"), "did you mean 'answers'"),
         ("copy", dict(held_out_rows=0), "held_out_rows=0"),
         ("copy", dict(length=1), "at least 3 tokens"),
-        ("associative_recall", dict(num_pairs=20), "data.associative_recall.vocab=40 has 19"),
+        ("associative_recall", dict(num_pairs=20), "datasets.associative_recall.vocab=40 has 19"),
         ("associative_recall", dict(gap=250), "at least 272 tokens"),
         ("associative_recall", dict(gap=-1), "gap=-1"),
-        ("passkey", dict(depth=1.5), "data.passkey.depth=1.5"),
+        ("passkey", dict(depth=1.5), "datasets.passkey.depth=1.5"),
         ("passkey", dict(key_length=0), "key_length=0"),
         ("passkey", dict(length=40), "data.source='passkey' needs rows of at least"),
     ]:

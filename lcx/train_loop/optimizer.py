@@ -54,7 +54,8 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
             after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
         case "wsd":
             decay = max(round(rest * config.decay_fraction), 1)
-            after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [rest - decay])
+            stages = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+            after = optax.join_schedules(stages, [rest - decay])
         case "constant":
             after = optax.constant_schedule(peak)
         case other:
@@ -122,6 +123,7 @@ def build(config: Config, steps: int, infos: Any) -> optax.GradientTransformatio
             return optax.contrib.muon(
                 rate,
                 beta=config.beta1,
+                eps=config.eps,
                 weight_decay=decay,
                 weight_decay_mask=mask,
                 adam_b1=config.beta1,

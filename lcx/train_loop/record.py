@@ -66,7 +66,9 @@ def parameter_table(plan: ModelPlan) -> dict[str, int]:
     return counts | {"total": plan.parameter_count}
 
 
-def run_record(experiment: Experiment, plan: ModelPlan, mesh: Mesh, implementations: Any, memory: dict[str, int]) -> dict[str, Any]:
+def run_record(
+    experiment: Experiment, plan: ModelPlan, mesh: Mesh, implementations: Any, memory: dict[str, int]
+) -> dict[str, Any]:
     """The content of run.json.
 
     Args:

@@ -14,6 +14,7 @@ from lcx.experiment import Experiment
 
 def figure(value: float, digits: int = 3) -> str:
     """A number as people read it: 1.23M, 4.56K, 0.0123."""
+    value = float(f"{value:.{digits}g}")  # rounded first, so that 999,999 is 1M and not 1e+03K
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= limit:
             return f"{value / limit:.{digits}g}{unit}"
@@ -116,7 +117,8 @@ class Screen:
         for band in held_out["by_position"]:
             table.add_row(f"  positions {band['start']:,} to {band['stop'] - 1:,}", f"{band['loss']:.4f}")
         if "exact_match" in held_out:
-            table.add_row("answers", f"{100 * held_out['exact_match']:.1f} % rows exact, {100 * held_out['token_accuracy']:.1f} % tokens")
+            rows, tokens = 100 * held_out["exact_match"], 100 * held_out["token_accuracy"]
+            table.add_row("answers", f"{rows:.1f} % rows exact, {tokens:.1f} % tokens")
         if "tokens_per_second" in summary["last_step"]:
             table.add_row("speed", f"{figure(summary['last_step']['tokens_per_second'])} tokens/s")
         for name in ("device", "host"):

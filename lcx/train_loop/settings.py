@@ -2,6 +2,8 @@
 
 import dataclasses
 
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
 
 @dataclasses.dataclass(frozen=True)
 class SequenceConfig:
@@ -71,7 +73,7 @@ class TrackConfig:
     """Where metrics go besides metrics.jsonl.
 
     Attributes:
-      wandb: auto (online with a key, offline without), online, offline or disabled.
+      wandb: auto (what WANDB_MODE says, else online with a key and offline without), online, offline or disabled.
       project: W&B project.
       tensorboard: also write TensorBoard files (needs the extra).
     """

@@ -6,13 +6,12 @@ import netrc
 import os
 import pathlib
 import secrets
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from lcx.registry import UserError, unknown
 from lcx.train_loop.settings import TrackConfig
 
 logger = logging.getLogger("lcx")
-WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 class Tracker(Protocol):
@@ -60,7 +59,7 @@ class Wandb:
 
         mode = config.wandb
         if mode == "auto":
-            mode = "online" if _has_key() else "offline"
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         id_file = workdir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -87,10 +86,8 @@ class TensorBoard:
     """TensorBoard event files."""
 
     def __init__(self, directory: pathlib.Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError("track.tensorboard=True needs the extra: pip install 'lcx[tensorboard]'") from error
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(directory))
 
     def log(self, step, metrics):
@@ -128,18 +125,21 @@ class Guarded:
         self._try(self._tracker.close)
 
 
-def open_trackers(config: TrackConfig, workdir: pathlib.Path, name: str, resolved: dict[str, Any], resumed_at: int) -> list[Tracker]:
-    """Every tracker that the config asks for."""
-    if config.wandb not in WANDB_MODES:
-        raise unknown("track.wandb", config.wandb, WANDB_MODES)
-    trackers: list[Tracker] = [Jsonl(workdir / "metrics.jsonl", resumed_at)]
+def open_trackers(
+    config: TrackConfig, workdir: pathlib.Path, name: str, resolved: dict[str, Any], resumed_at: int
+) -> list[Tracker]:
+    """Every tracker that the config asks for; one that cannot start is left out with a warning."""
+    wanted: dict[str, Callable[[], Tracker]] = {}
     if config.tensorboard:
-        trackers.append(Guarded("TensorBoard", TensorBoard(workdir / "tensorboard")))
+        wanted["TensorBoard"] = lambda: TensorBoard(workdir / "tensorboard")
     if config.wandb != "disabled":
+        wanted["W&B"] = lambda: Wandb(config, workdir, name, resolved)
+    trackers: list[Tracker] = [Jsonl(workdir / "metrics.jsonl", resumed_at)]
+    for tracker, start in wanted.items():
         try:
-            trackers.append(Guarded("W&B", Wandb(config, workdir, name, resolved)))
+            trackers.append(Guarded(tracker, start()))
         except Exception as error:  # noqa: BLE001
-            logger.warning("W&B is off for this run: %s", _first_line(error))
+            logger.warning("%s is off for this run: %s (metrics.jsonl goes on)", tracker, _first_line(error))
     return trackers
 
 

@@ -69,6 +69,6 @@ class HuggingFace:
             offline = f"{endpoint} cannot be reached ({reason}) and there is no copy in the cache: " if reason else ""
             raise UserError(f"data.source='hf:{self._name}' cannot be loaded: {offline}{type(error).__name__}: {line}") from error
         if config.text_key not in rows.column_names:
-            raise unknown("data.hf.text_key", config.text_key, rows.column_names)
+            raise unknown("datasets.hf.text_key", config.text_key, rows.column_names)
         for row in rows:
             yield row[config.text_key]

@@ -35,12 +35,12 @@ class TextFolder:
     def __init__(self, config: Config):
         self._root = pathlib.Path(config.path)
         if not config.path or not self._root.is_dir():
-            raise UserError(f"data.text_folder.path={config.path!r} must be a folder of text files")
+            raise UserError(f"datasets.text_folder.path={config.path!r} must be a folder of text files")
         files = [path for path in self._root.glob(config.pattern) if path.is_file()]
         self._files = sorted(files, key=lambda path: path.relative_to(self._root).as_posix())
         if not self._files:
             raise UserError(
-                f"data.text_folder.path={config.path!r} has no file that matches data.text_folder.pattern={config.pattern!r}"
+                f"datasets.text_folder.path={config.path!r} holds no file like datasets.text_folder.pattern={config.pattern!r}"
             )
 
     def identity(self, cache_dir: pathlib.Path) -> dict[str, Any]:

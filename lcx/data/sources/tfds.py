@@ -52,11 +52,11 @@ class Tfds:
             if not builder.data_path.exists():
                 self._download(builder)
             if self._config.text_key not in builder.info.features:
-                raise unknown("data.tfds.text_key", self._config.text_key, builder.info.features)
+                raise unknown("datasets.tfds.text_key", self._config.text_key, builder.info.features)
             try:
                 records = builder.as_data_source(self._config.split)
             except ValueError:
-                raise unknown("data.tfds.split", self._config.split, builder.info.splits) from None
+                raise unknown("datasets.tfds.split", self._config.split, builder.info.splits) from None
         for record in records:
             yield record[self._config.text_key].decode("utf-8")
 
@@ -79,7 +79,7 @@ class Tfds:
 
     def _download(self, builder: Any) -> None:
         what = f"data.source='tfds:{self._name}' must be downloaded"
-        elsewhere = "prepare it where there is a network and name its folder in data.tfds.data_dir"
+        elsewhere = "prepare it where there is a network and name its folder in datasets.tfds.data_dir"
         for url in list(builder.url_infos)[:1]:
             if reason := unreachable(url):
                 raise UserError(f"{what} and {url} cannot be reached ({reason}); {elsewhere}")

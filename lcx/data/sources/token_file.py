@@ -44,17 +44,17 @@ class TokenFile:
         self._config = config
         self._path = pathlib.Path(config.path)
         if config.dtype not in DTYPES:
-            raise unknown("data.token_file.dtype", config.dtype, DTYPES)
+            raise unknown("datasets.token_file.dtype", config.dtype, DTYPES)
         if not config.path or not self._path.is_file():
-            raise UserError(f"data.token_file.path={config.path!r} must be a file of token ids")
+            raise UserError(f"datasets.token_file.path={config.path!r} must be a file of token ids")
         try:
             npy = self._path.suffix == ".npy"
             self._tokens = np.load(self._path, mmap_mode="r") if npy else np.memmap(self._path, config.dtype, "r")
         except ValueError as error:
-            raise UserError(f"data.token_file.path={config.path!r} is not a flat array of {config.dtype}: {error}") from None
+            raise UserError(f"datasets.token_file.path={config.path!r} is not a flat array of {config.dtype}: {error}") from None
         if self._tokens.ndim != 1 or self._tokens.dtype.kind not in "iu" or not len(self._tokens):
             raise UserError(
-                f"data.token_file.path={config.path!r} holds {self._tokens.dtype}{list(self._tokens.shape)}, not one row of ids"
+                f"datasets.token_file.path={config.path!r} holds {self._tokens.dtype}{list(self._tokens.shape)}, not a row of ids"
             )
 
     def identity(self, cache_dir: pathlib.Path) -> dict[str, Any]:
@@ -64,13 +64,13 @@ class TokenFile:
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         ids = isinstance(tokenizer, Ids)
         if self._config.vocab_size and not ids:
-            raise UserError("data.token_file.vocab_size is read only with data.tokenizer='ids'; a tokenizer has its own")
+            raise UserError("datasets.token_file.vocab_size is read only with data.tokenizer='ids'; a tokenizer has its own")
         largest = max(int(chunk.max()) for _, chunk in self._chunks())
         size = (self._config.vocab_size or largest + 1) if ids else tokenizer.vocab_size
         if largest >= size:
             cure = "set it to 0 or higher" if ids else "name the right data.tokenizer, or 'ids' if there is none"
-            limit = "data.token_file.vocab_size" if ids else "the tokenizer's vocabulary"
-            raise UserError(f"data.token_file.path={self._config.path!r} holds id {largest}, and {limit} is {size}; {cure}")
+            limit = "datasets.token_file.vocab_size" if ids else "the tokenizer's vocabulary"
+            raise UserError(f"datasets.token_file.path={self._config.path!r} holds id {largest}, and {limit} is {size}; {cure}")
         return size
 
     def documents(self, cache_dir: pathlib.Path) -> Iterator[np.ndarray]:

@@ -40,13 +40,13 @@ class AssociativeRecall:
     def __init__(self, config: Config):
         self._keys = (config.vocab - 1) // 2
         if config.num_pairs < 1:
-            raise UserError(f"data.associative_recall.num_pairs={config.num_pairs} must be at least 1")
+            raise UserError(f"datasets.associative_recall.num_pairs={config.num_pairs} must be at least 1")
         if config.gap < 0:
-            raise UserError(f"data.associative_recall.gap={config.gap} must be at least 0")
+            raise UserError(f"datasets.associative_recall.gap={config.gap} must be at least 0")
         if config.num_pairs > self._keys:
             raise UserError(
-                f"data.associative_recall.num_pairs={config.num_pairs} needs as many keys and "
-                f"data.associative_recall.vocab={config.vocab} has {self._keys} (a filler, and half the rest)"
+                f"datasets.associative_recall.num_pairs={config.num_pairs} needs as many keys and "
+                f"datasets.associative_recall.vocab={config.vocab} has {self._keys} (a filler, and half the rest)"
             )
         self.config = config
         self.vocab_size = config.vocab
@@ -61,7 +61,7 @@ class AssociativeRecall:
         places = (length - first) // 2
         if places < pairs:
             raise UserError(
-                f"data.associative_recall.num_pairs={pairs} and data.associative_recall.gap={self.config.gap} "
+                f"datasets.associative_recall.num_pairs={pairs} and datasets.associative_recall.gap={self.config.gap} "
                 f"need rows of at least {first + 2 * pairs} tokens, not {length}"
             )
         keys = 1 + random.choice(self._keys, pairs, replace=False)

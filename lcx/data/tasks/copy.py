@@ -34,7 +34,7 @@ class Copy:
 
     def __init__(self, config: Config):
         if config.symbols < 2:
-            raise UserError(f"data.copy.symbols={config.symbols} must be at least 2")
+            raise UserError(f"datasets.copy.symbols={config.symbols} must be at least 2")
         self.config = config
         self.vocab_size = config.symbols + 1
         self.tokenizer = Ids(self.vocab_size)

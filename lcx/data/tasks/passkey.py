@@ -50,9 +50,9 @@ class Passkey:
 
     def __init__(self, config: Config):
         if config.key_length < 1:
-            raise UserError(f"data.passkey.key_length={config.key_length} must be at least 1")
+            raise UserError(f"datasets.passkey.key_length={config.key_length} must be at least 1")
         if config.depth != -1 and not 0 <= config.depth <= 1:
-            raise UserError(f"data.passkey.depth={config.depth} must be from 0 to 1, or -1 for a random depth")
+            raise UserError(f"datasets.passkey.depth={config.depth} must be from 0 to 1, or -1 for a random depth")
         self.config = config
         self.tokenizer = Bytes()
 

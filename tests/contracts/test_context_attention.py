@@ -1,0 +1,480 @@
+"""Attention over a mesh: every strategy and layout against the reference on whole arrays, gradients by name, and what is sent."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from lcx.ops.attention import attention
+from lcx.ops.types import Mask
+from lcx.parallel import STRATEGIES, hops, layouts, ring
+from lcx.parallel.attention import context_attention
+from lcx.parallel.layouts import LAYOUTS, sequence_permutation
+from lcx.registry import UserError
+from lcx.sharding import activation_spec
+from tests.tolerance import GRADIENTS, assert_close, rms_ratio
+
+# The arrays are small: compiling is what takes time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+DIMS = dict(q="BSHK", k="BTGK", v="BTGK", sink="H", segments="BS", do="BSHK", dlse="BHS", dq="BSHK", dk="BTGK", dv="BTGK", o="BSHK", lse="BHS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention call on S = 64 tokens or so. `breaks` names the input whose change must turn the comparison red."""
+
+    mask: Mask = Mask()
+    length: int = 64
+    heads: tuple[int, int] = (4, 4)
+    packed: bool = False
+    sink_logits: bool = False
+    softcap: float | None = None
+    alibi: bool = False
+    return_lse: bool = False
+    rows: int = 2
+    breaks: str = "k"
+
+    @property
+    def slopes_H(self):
+        return jnp.linspace(0.5, 0.1, self.heads[0]) if self.alibi else None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Inputs and cotangents by name, tokens in order."""
+        draw = functools.partial(np.random.default_rng(0).normal, size=None)
+        (H, G), B, S, K = self.heads, self.rows, self.length, 8
+        shapes = dict(q=(B, S, H, K), k=(B, S, G, K), v=(B, S, G, K), do=(B, S, H, K))
+        arrays = {name: draw(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        if self.sink_logits:
+            arrays["sink"] = np.linspace(-1, 1, H, dtype=np.float32)
+        if self.return_lse:
+            arrays["dlse"] = draw(size=(B, H, S)).astype(np.float32)
+        if self.packed:  # the last quarter of the first row and all of the last are padding
+            arrays["segments"] = np.zeros((B, S), np.int32)
+            for row in range(B - 1):
+                cuts = np.array([0.3 + 0.1 * row, 0.34, 0.72]) * S
+                arrays["segments"][row] = np.searchsorted(cuts, np.arange(S), side="right") + 1
+                arrays["segments"][row][int(0.72 * S) :] = 0
+        return arrays
+
+    def run(self, attend, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Outputs and gradients by name; `attend(q, k, v, segments, **options)`."""
+        options = dict(mask=self.mask, softcap=self.softcap, alibi_slopes_H=self.slopes_H, return_lse=self.return_lse)
+        names = [name for name in ("q", "k", "v", "sink") if name in inputs]
+
+        def call(*differentiated):
+            given = dict(zip(names, differentiated, strict=True))
+            segments = inputs["segments"] if self.packed else None
+            sink_H = given["sink"] if self.sink_logits else None
+            out = attend(given["q"], given["k"], given["v"], segments, sink_logits_H=sink_H, **options)
+            return dict(o=out[0], lse=out[1]) if self.return_lse else dict(o=out)
+
+        out, pull = jax.vjp(call, *(inputs[name] for name in names))
+        cotangents = dict(o=inputs["do"], lse=inputs["dlse"]) if self.return_lse else dict(o=inputs["do"])
+        return out | {f"d{name}": grad for name, grad in zip(names, pull(cotangents), strict=True)}
+
+
+CASES = {
+    "causal": Case(),
+    "full": Case(Mask(causal=False), breaks="v"),
+    "packed_padded": Case(packed=True, rows=3, breaks="segments"),
+    "full_packed": Case(Mask(causal=False), packed=True, breaks="segments"),
+    "window": Case(Mask(window=(9, 0))),
+    "two_sided_window": Case(Mask(causal=False, window=(5, 9))),
+    "sink_tokens": Case(Mask(window=(9, 0), sink_tokens=3), breaks="v"),
+    "sink_tokens_packed": Case(Mask(window=(5, 0), sink_tokens=10), packed=True, breaks="segments"),
+    "sink_logits_gqa": Case(sink_logits=True, heads=(8, 4), return_lse=True, breaks="sink"),
+    "mqa_lse": Case(heads=(4, 1), return_lse=True, breaks="dlse"),
+    "two_kv_heads": Case(heads=(4, 2), breaks="v"),
+    "odd_length": Case(length=53, heads=(4, 2)),
+    "softcap_alibi": Case(softcap=1.5, alibi=True, breaks="q"),
+    "everything": Case(
+        Mask(window=(9, 0), sink_tokens=2),
+        length=61,
+        heads=(4, 2),
+        packed=True,
+        sink_logits=True,
+        softcap=2.0,
+        alibi=True,
+        return_lse=True,
+        breaks="segments",
+    ),
+}
+
+
+def _place(name: str, x: np.ndarray, mesh, index) -> jax.Array:
+    """An array in layout order, spread over the mesh where its sizes allow."""
+    dims = DIMS[name]
+    token_dim = next((i for i, d in enumerate(dims) if d in "ST"), None)
+    x = x if token_dim is None else np.take(x, index, axis=token_dim)
+    if token_dim is not None and x.shape[token_dim] % mesh.shape["seq"]:
+        return jnp.asarray(x)
+    return jax.device_put(x, NamedSharding(mesh, activation_spec(dims)))
+
+
+@functools.cache
+def _expected(case: Case) -> dict[str, np.ndarray]:
+    def attend(q, k, v, segments, **options):
+        return attention(q, k, v, segments_q_BS=segments, segments_k_BT=segments, implementation="reference", **options)
+
+    inputs = {name: jnp.asarray(x) for name, x in case.arrays().items()}
+    run = jax.jit(functools.partial(case.run, attend)).lower(inputs).compile(compiler_options=QUICK)
+    return {name: np.asarray(x) for name, x in run(inputs).items()}
+
+
+class Sharded:
+    """One compiled call; `__call__` takes and gives arrays with tokens in order."""
+
+    def __init__(self, case: Case, mesh, strategy: str, layout: str, **options):
+        self.case, self.mesh = case, mesh
+        self.index = sequence_permutation(layout, case.length, mesh.shape["seq"])
+
+        def attend(q, k, v, segments, **others):
+            return context_attention(q, k, v, mesh=mesh, strategy=strategy, layout=layout, segments_BS=segments, **others, **options)
+
+        placed = self._placed(case.arrays())
+        self.compiled = jax.jit(functools.partial(case.run, attend)).lower(placed).compile(compiler_options=QUICK)
+
+    def _placed(self, arrays):
+        return {name: _place(name, x, self.mesh, self.index) for name, x in arrays.items()}
+
+    def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs, order = {}, np.argsort(self.index)
+        for name, x in self.compiled(self._placed(arrays)).items():
+            dims = DIMS[name] if name in DIMS else DIMS[name[1:]]
+            token_dim = next((i for i, d in enumerate(dims) if d in "ST"), None)
+            outputs[name] = np.asarray(x) if token_dim is None else np.take(np.asarray(x), order, axis=token_dim)
+        return outputs
+
+
+def _broken(case: Case, shards: int) -> dict[str, np.ndarray]:
+    """The inputs with one change: the tokens of one shard doubled, or one document leaking into the next."""
+    arrays = case.arrays()
+    x = arrays[case.breaks].copy()
+    if case.breaks == "segments":
+        x[0][x[0] == 2] = 1
+    elif case.breaks == "sink":
+        x[0] += 0.1
+    else:
+        token_dim = DIMS[case.breaks].index("T" if case.breaks in "kv" else "S")
+        one_shard = [slice(None)] * x.ndim
+        one_shard[token_dim] = slice(0, case.length // shards)
+        x[tuple(one_shard)] *= 1.1
+    return arrays | {case.breaks: x}
+
+
+def _assert_equal_to_whole(case: Case, sharded: Sharded) -> None:
+    """Every value and gradient equal; and not, with one input changed."""
+    expected, actual = _expected(case), sharded(case.arrays())
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        if name == "lse":  # a row without keys has -inf on both sides
+            assert (np.isneginf(actual[name]) == np.isneginf(x)).all()
+            actual[name], x = (np.where(np.isneginf(a), 0, a) for a in (actual[name], x))
+        assert_close(actual[name], x, name=name, gradient=name.startswith("d"))
+    if case.packed:
+        empty = case.arrays()["segments"] == 0
+        assert empty.any()
+        for name in ("o", "dq", "dk", "dv"):
+            assert (actual[name][empty] == 0).all(), f"{name} of padding"
+    broken = sharded(_broken(case, sharded.mesh.shape["seq"]))
+    worst = max(rms_ratio(broken[name], expected[name]) for name in ("dq", "dk", "dv"))
+    assert worst > 100 * GRADIENTS["float32"], f"a change of {case.breaks} goes unnoticed"
+
+
+def _options(strategy: str) -> dict:
+    """Groups of two where a strategy has groups, so that there is a ring between them."""
+    return dict(ulysses_degree=2) if strategy == "ulysses_ring" else {}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_equal_to_whole(mesh_of, case, strategy):
+    """In zigzag order on four devices."""
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "zigzag", **_options(strategy)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["causal", "two_sided_window", "sink_tokens", "everything"])
+def test_equal_to_whole_in_other_layouts(mesh_of, name, strategy, layout):
+    options = {} if layout == "striped" else _options(strategy)
+    _assert_equal_to_whole(CASES[name], Sharded(CASES[name], mesh_of(seq=4), strategy, layout, **options))
+
+
+MESHES = [
+    ("ring", dict(seq=2), "zigzag"),
+    ("ring", dict(data=2, seq=3, tensor=2), "zigzag"),
+    ("ring", dict(seq=1, fsdp=2, tensor=2), "zigzag"),
+    ("ulysses", dict(data=2, seq=2, tensor=2), "zigzag"),
+    ("ulysses", dict(seq=1, data=2), "striped"),
+    ("ulysses_ring", dict(seq=8), "zigzag"),
+    ("ulysses_ring", dict(seq=8), "contiguous"),
+    ("ulysses_ring", dict(seq=4, tensor=2), "zigzag"),
+    ("allgather", dict(data=2, fsdp=2, seq=2, tensor=2), "contiguous"),
+]
+
+
+@pytest.mark.parametrize("strategy,sizes,layout", MESHES, ids=str)
+def test_equal_to_whole_on_any_mesh(mesh_of, strategy, sizes, layout):
+    """Documents, a window and sinks, batch and heads spread too; ulysses_ring in the groups that it chooses itself."""
+    case = dataclasses.replace(CASES["everything"], rows=4, length=64, heads=(8, 2))
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(**sizes), strategy, layout))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_forward_alone_gives_the_same_values(mesh_of, strategy):
+    """Differentiating must not choose another computation."""
+    case, mesh = CASES["two_kv_heads"], mesh_of(seq=4)
+    index = sequence_permutation("zigzag", case.length, 4)
+    q, k, v = (_place(name, case.arrays()[name], mesh, index) for name in "qkv")
+    attend = functools.partial(context_attention, mesh=mesh, strategy=strategy, mask=case.mask, **_options(strategy))
+    alone = jax.jit(attend).lower(q, k, v).compile(compiler_options=QUICK)(q, k, v)
+    primal = jax.jit(lambda *x: jax.vjp(attend, *x)[0]).lower(q, k, v).compile(compiler_options=QUICK)(q, k, v)
+    assert (np.asarray(alone) == np.asarray(primal)).all()
+
+
+def _gradient_errors(mesh, dtype) -> dict[str, float]:
+    """RMS ratio of (dq, dk, dv) against the reference in fp32 on the same inputs; ring, zigzag."""
+    case = Case(length=128, heads=(2, 1), rows=1, return_lse=True)
+    arrays = {name: np.asarray(x, np.float32) for name, x in case.arrays().items()}
+    for name in "qkv":
+        arrays[name] = np.asarray(jnp.asarray(arrays[name], dtype), np.float32)
+    index = sequence_permutation("zigzag", case.length, mesh.shape["seq"])
+    placed = {name: _place(name, x, mesh, index).astype(dtype if name in "qkv" else "float32") for name, x in arrays.items()}
+
+    def attend(q, k, v, segments, **options):
+        return context_attention(q, k, v, mesh=mesh, **options)
+
+    run = jax.jit(functools.partial(case.run, attend)).lower(placed).compile(compiler_options=QUICK)
+    actual = run(placed)
+
+    def dense(q, k, v, segments, **options):
+        return attention(q, k, v, implementation="reference", **options)
+
+    expected = jax.jit(functools.partial(case.run, dense))({name: jnp.asarray(x) for name, x in arrays.items()})
+    in_order = np.argsort(index)
+    return {name: rms_ratio(np.asarray(actual[name])[:, in_order], expected[name]) for name in ("o", "dq", "dk", "dv")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_error_does_not_grow_with_devices(mesh_of, dtype):
+    """Partial results and travelling gradients are fp32, so that 32 hops cost no more accuracy than 2."""
+    devices = (2, 4, 8, 16, 32) if dtype == "float32" else (2, 32)
+    errors = {P: _gradient_errors(mesh_of(seq=P), dtype) for P in devices}
+    for name, at_two in errors[2].items():
+        for P, at in errors.items():
+            assert at[name] <= 2 * at_two, (name, P, errors)
+
+
+def test_error_would_grow_with_rounded_partials(mesh_of, monkeypatch):
+    """The twin of the test above."""
+    limit = 2 * _gradient_errors(mesh_of(seq=2), "bfloat16")["o"]
+    exact = ring.block_forward
+
+    def rounded(plan, queries, keys, order_k, carry=None):
+        o, lse = exact(plan, queries, keys, order_k, carry)
+        return o.astype(jnp.bfloat16).astype(jnp.float32), lse
+
+    monkeypatch.setattr(ring, "block_forward", rounded)
+    assert _gradient_errors(mesh_of(seq=32), "bfloat16")["o"] > limit
+
+
+# What is sent.
+
+
+def _executed(text: str) -> dict[str, collections.Counter]:
+    """Collective -> {shape: times executed by one device}, loops counted as often as they run."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = "ENTRY" if header.group(1) else header.group(2)
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    counts = collections.defaultdict(collections.Counter)
+
+    def walk(name, times):
+        for line in bodies[name]:
+            op = re.search(r"= (\S+) (collective-permute|all-to-all|all-gather|all-reduce|reduce-scatter)\(", line)
+            if op:
+                shape = re.match(r"\(?(\w+\[[\d,]*\])", op.group(1)).group(1)
+                counts[op.group(2)][shape] += times
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            assert trips or " while(" not in line or "condition" not in line or not _has_collective(line), line
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+                walk(callee, times * (int(trips.group(1)) if trips else 1))
+
+    def _has_collective(line):
+        return any(re.search("collective-permute|all-", inner) for c in re.findall(r"body=%?([\w.\-]+)", line) for inner in bodies[c])
+
+    walk("ENTRY", 1)
+    return counts
+
+
+def _sent(mesh, mask, *, layout="zigzag", strategy="ring", heads=(4, 2), packed=False, backward=False, dtype="bfloat16", length=256, **options):
+    """What one device sends in the forward or in the backward pass alone."""
+    shape = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
+    (H, G), place = heads, lambda x, dims: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, activation_spec(dims)))
+    q, k = place(shape(1, length, H, 8), "BSHK"), place(shape(1, length, G, 8), "BTGK")
+    segments = place(shape(1, length, dtype="int32"), "BS") if packed else None
+
+    def attend(q, k, v, segments):
+        return context_attention(q, k, v, mesh=mesh, layout=layout, strategy=strategy, mask=mask, segments_BS=segments, **options)
+
+    def both(q, k, v, segments, do):
+        return jax.vjp(lambda *x: attend(*x, segments), q, k, v)[1](do)
+
+    if not backward:
+        return _executed(jax.jit(attend).lower(q, k, k, segments).compile(compiler_options=QUICK).as_text())
+    forward = _sent(mesh, mask, layout=layout, strategy=strategy, heads=heads, packed=packed, dtype=dtype, length=length, **options)
+    total = _executed(jax.jit(both).lower(q, k, k, segments, q).compile(compiler_options=QUICK).as_text())
+    for op, shapes in forward.items():
+        total[op].subtract(shapes)
+    return {op: +shapes for op, shapes in total.items()}
+
+
+@pytest.mark.parametrize("P", [2, 4, 8, 32])
+def test_ring_makes_one_hop_less_than_there_are_devices(mesh_of, P):
+    s = 256 // P
+    keys, grads = f"bf16[1,{s},2,8]", f"f32[1,{s},2,8]"
+    mesh = mesh_of(seq=P)
+    assert _sent(mesh, Mask()) == {"collective-permute": {keys: 2 * (P - 1)}}
+    if P != 4:
+        assert _sent(mesh, Mask(), backward=True) == {"collective-permute": {keys: 2 * (P - 1), grads: 2 * (P - 1)}}
+    else:
+        ids = f"s32[1,{s}]"
+        assert _sent(mesh, Mask(), packed=True) == {"collective-permute": {keys: 2 * (P - 1), ids: P - 1}}
+
+
+@pytest.mark.parametrize(
+    "layout,mask,there,back",
+    [
+        ("contiguous", Mask(window=(31, 0)), 1, 0),
+        ("contiguous", Mask(window=(33, 0)), 2, 0),
+        ("contiguous", Mask(causal=False, window=(31, 40)), 1, 2),
+        ("zigzag", Mask(window=(15, 0)), 1, 1),
+        ("zigzag", Mask(causal=False, window=(20, 20)), 2, 2),
+        ("contiguous", Mask(window=(31, 0), sink_tokens=4), 1, 0),
+        ("zigzag", Mask(window=(15, 0), sink_tokens=4), 1, 1),
+        ("striped", Mask(window=(31, 0)), 7, 0),
+    ],
+    ids=str,
+)
+def test_a_window_takes_only_the_hops_it_needs(mesh_of, layout, mask, there, back):
+    """Eight devices of 32 tokens. After a leg of n hops the gradient made n - 1 and goes home in one."""
+    keys, grads, hops_made = "bf16[1,32,2,8]", "f32[1,32,2,8]", there + back
+    mesh = mesh_of(seq=8)
+    sinks = {"all-reduce": {"bf16[1,4,2,8]": 2}} if mask.sink_tokens else {}
+    sent = _sent(mesh, mask, layout=layout)
+    assert sent["collective-permute"] == {keys: 2 * hops_made}
+    assert sum(sent["all-reduce"].values()) == sum(sum(x.values()) for x in sinks.values())
+    sent = _sent(mesh, mask, layout=layout, backward=True)
+    assert sent["collective-permute"] == {keys: 2 * hops_made, grads: 2 * hops_made}
+
+
+def test_legs_bring_every_needed_block_past_and_are_shortest():
+    for size in (1, 2, 5, 8):
+        for chosen in range(1 << (size - 1)):
+            distances = [d for d in range(1, size) if chosen >> (d - 1) & 1]
+            legs = hops.shortest_legs(distances, size)
+            passed = {sign * step % size for sign, count in legs for step in range(1, count + 1)}
+            assert set(distances) <= passed
+            best = min(a + b for a in range(size) for b in range(size) if set(distances) <= {*range(1, a + 1), *range(size - b, size)})
+            assert sum(count for _, count in legs) == best
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=(7, 0)), Mask(causal=False, window=(3, 12)), Mask(causal=False)], ids=str)
+def test_needed_distances_by_every_pair(layout, mask):
+    """No needed block is left out; in layouts of neighbouring tokens none is visited in vain."""
+    length, size = 64, 4
+    order = sequence_permutation(layout, length, size).reshape(size, -1)
+    between = order[:, None, :, None] - order[None, :, None, :]
+    seen = np.ones_like(between, bool)
+    if mask.left is not None:
+        seen &= between <= mask.left
+    if mask.right is not None:
+        seen &= between >= -mask.right
+    by_pair = seen.any((2, 3))
+    needed = [d for d in range(1, size) if any(by_pair[r, (r - d) % size] for r in range(size))]
+    found = hops.needed_distances(mask, layout, length, size)
+    assert found == needed if layout != "striped" else set(needed) <= set(found)
+
+
+def test_program_does_not_grow_with_devices(mesh_of):
+    def instructions(P):
+        q = jax.ShapeDtypeStruct((1, 256, 2, 8), "float32")
+        attend = lambda q, k, v: context_attention(q, k, v, mesh=mesh_of(seq=P), mask=Mask())
+        return jax.jit(jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))).lower(q, q, q).as_text().count("\n")
+
+    assert instructions(32) == instructions(8)
+
+
+def test_ulysses_repeats_nothing(mesh_of):
+    """Eight query and two key/value heads on four devices: each token's keys are sent once, then gathered by who shares a head."""
+    sent = _sent(mesh_of(seq=4), Mask(), strategy="ulysses", heads=(8, 2), layout="contiguous", dtype="float32")
+    elements = lambda shapes: sorted((np.prod([int(n) for n in re.findall(r"\d+", s.split("[")[1])]), n) for s, n in shapes.items())
+    s, K = 64, 8
+    # A tuple-shaped all-to-all counts one of its parts: 4 parts of q and o, 2 of k and v; lse is s * 8.
+    found = sum(size * n for size, n in elements(sent["all-to-all"]))
+    assert found <= 2 * s * 8 * K + 2 * s * 2 * K + s * 8, sent
+    assert sum(size * n for size, n in elements(sent["all-gather"])) == 2 * 4 * s * K, sent
+    assert set(sent) == {"all-to-all", "all-gather"}
+
+
+def test_a_remat_policy_saves_the_forward_ring(mesh_of):
+    """Output and logsumexp are named, so that rematerialisation does not send the keys round again."""
+    mesh = mesh_of(seq=4)
+    q = jax.ShapeDtypeStruct((1, 64, 2, 8), "float32", sharding=NamedSharding(mesh, activation_spec("BSHK")))
+    permutes = {}
+    for name, policy in (
+        ("saved", jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")),
+        ("replayed", jax.checkpoint_policies.nothing_saveable),
+    ):
+
+        @functools.partial(jax.checkpoint, policy=policy)
+        def layer(x):
+            return jnp.tanh(context_attention(x, 2 * x, 3 * x, mesh=mesh, mask=Mask()))
+
+        text = jax.jit(jax.grad(lambda x, layer=layer: layer(layer(x)).sum())).lower(q).compile(compiler_options=QUICK).as_text()
+        permutes[name] = sum(_executed(text)["collective-permute"].values())
+    # Two layers of three hops: k, v forward; k, v, dk, dv backward.
+    assert permutes == {"saved": 2 * 3 * 6, "replayed": 2 * 3 * 8}
+
+
+# What is refused.
+
+
+def test_errors_are_one_line_and_name_the_choices(mesh_of):
+    mesh = mesh_of(seq=4, tensor=2)
+    q, k = jnp.zeros((2, 64, 4, 8)), jnp.zeros((2, 64, 2, 8))
+    attend = functools.partial(context_attention, mesh=mesh, mask=Mask())
+    for call, parts in [
+        (lambda: attend(q, k, k, strategy="rng"), ("did you mean 'ring'", "ulysses")),
+        (lambda: attend(q, k, k, strategy="ulysses"), ("groups of 4", "H=2", "G=1", "1, 2", "strategies that can: ring")),
+        (lambda: attend(q, k, k, strategy="ulysses_ring", ulysses_degree=3), ("groups of 3", "1, 2")),
+        (lambda: attend(q, k, k, strategy="ulysses_ring", layout="striped"), ("striped", "strategies that can: ring, allgather")),
+        (lambda: attend(q, k, k, strategy="ring", ulysses_degree=2), ("ulysses_degree=2", "ulysses_ring")),
+        (lambda: attend(q, k, k, axis="data"), ("axis='data'", "'seq'")),
+        (lambda: attend(q, k, k, layout="zig"), ("zigzag",)),
+        (lambda: attend(q[:, :, :3], k[:, :, :1], k[:, :, :1]), ("H=3", "tensor=2")),
+        (lambda: attend(q, k[:, :, :1], k[:, :, :1]), ("G=1", "tensor=2")),
+        (lambda: attend(q, k[:, :32], k[:, :32]), ("T=S=64",)),
+        (lambda: context_attention(q[:1], k[:1], k[:1], mesh=mesh_of(data=2), mask=Mask()), ("B=1", "data*fsdp=2")),
+        (lambda: attend(q, k, k, segments_BS=jnp.zeros((2, 64))), ("segments_BS", "int")),
+        (lambda: attend(q, k, k, implementation="fast"), ("'fast'", "chunked")),
+    ]:
+        with pytest.raises(UserError) as error:
+            call()
+        assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), error.value
+
+
+def test_padded_length_is_what_the_layouts_need():
+    assert [layouts.padded_length(layout, 53, 4) for layout in LAYOUTS] == [56, 56, 64]
