@@ -33,7 +33,7 @@ EXTRAS = {
     "hf": ["datasets"],
     "tokenizers": ["tokenizers", "sentencepiece"],
     "tensorboard": ["tensorboardX"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "jaxtyping", "matplotlib", "tokenizers", "tensorboardX", "ruff"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "jaxtyping", "matplotlib", "tokenizers", "sentencepiece", "tensorboardX", "ruff"],
 }
 
 setup(

@@ -4,9 +4,15 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=32 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+FLAGS = (
+    "--xla_force_host_platform_device_count=32",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # Compiling is most of the suite's time; unoptimised code halves it and computes the same.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.partition("=")[0] not in given)])
 
 import jax
 import pytest

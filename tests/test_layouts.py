@@ -64,7 +64,9 @@ def test_gathered_slices_to_order_and_back(layout, shards):
     assert (layouts.contiguous_to_gathered(ordered, layout, shards) == gathered).all()
 
 
-@pytest.mark.parametrize("sizes", [dict(seq=4), dict(seq=3, data=2), dict(seq=2, fsdp=2, tensor=2), dict(seq=8), dict(seq=1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(seq=4), dict(seq=3, data=2), dict(seq=2, fsdp=2, tensor=2), dict(seq=8), dict(seq=1)], ids=str
+)
 def test_convert_between_all_layouts(mesh_of, sizes):
     """Values against the permutation, and the gradient against its transpose."""
     mesh = mesh_of(**sizes)
@@ -86,7 +88,9 @@ def test_convert_between_all_layouts(mesh_of, sizes):
             assert (np.asarray(grad) == weight[:, a]).all(), (source, target)
 
 
-@pytest.mark.parametrize("shape,dim,dims", [((2, 16), 1, "BS"), ((2, 3, 16), 2, "BRS"), ((2, 16, 4, 3), 1, "BSHK"), ((2, 4, 16), 2, "BHS")])
+@pytest.mark.parametrize(
+    "shape,dim,dims", [((2, 16), 1, "BS"), ((2, 3, 16), 2, "BRS"), ((2, 16, 4, 3), 1, "BSHK"), ((2, 4, 16), 2, "BHS")]
+)
 def test_convert_any_rank_keeps_other_dims_in_place(mesh_of, shape, dim, dims):
     """A dimension over tensor stays there: nothing is gathered."""
     mesh = mesh_of(seq=2, data=2, tensor=2)

@@ -11,7 +11,8 @@ from flax import nnx
 from lcx.experiment import sizes_of
 from lcx.mesh import make_mesh
 from lcx.parallel import layouts
-from lcx.train_loop.state import init_params, plan_model
+from lcx.sharding import parameter_shardings
+from lcx.train_loop.state import plan_model
 from lcx.train_loop.step import context, in_stream_layout
 from tests.experiments import small
 from tests.tolerance import GRADIENTS, assert_close, assert_trees_close, rms_ratio
@@ -39,8 +40,15 @@ def batch(packed: bool) -> dict[str, np.ndarray]:
     )
 
 
+@functools.cache
+def parameters(shapes: tuple) -> list[np.ndarray]:
+    """Numbers for parameters of these shapes, drawn once: the loss is to be compared, not the initialisation."""
+    rng = np.random.default_rng(1)
+    return [(0.2 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+
+
 def loss_and_gradients(packed: bool = False, change=None, **overrides):
-    """Mean loss and gradients of the parameters that seed 0 gives."""
+    """Mean loss and gradients of the parameters that `parameters` gives."""
     e = small(**(SIZES | overrides))
     plan, mesh = plan_model(e, sizes_of(e, 64)), make_mesh(**e.mesh_sizes)
     arrays = {name: jnp.asarray(x) for name, x in batch(packed).items()}
@@ -54,7 +62,10 @@ def loss_and_gradients(packed: bool = False, change=None, **overrides):
         return total / weight
 
     with jax.set_mesh(mesh):
-        value, grads = jax.jit(jax.value_and_grad(loss))(init_params(e, plan, mesh))
+        leaves, tree = jax.tree.flatten(plan.shapes)
+        params = jax.tree.unflatten(tree, parameters(tuple(leaf.shape for leaf in leaves)))
+        params = jax.device_put(params, parameter_shardings(plan.infos, mesh))
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
         return float(value), jax.tree.map(np.asarray, grads)
 
 

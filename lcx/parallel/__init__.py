@@ -4,7 +4,7 @@ The modules are the interface, as in `lcx.ops`: `from lcx.parallel.attention imp
 `from lcx.parallel.layouts import convert`. A strategy of `context_attention` is a module of three functions:
 
     refuse(plan) -> why it cannot serve this plan, or None
-    forward(plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H) -> o_BsHK, lse_BHs, both fp32
+    forward(plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H) -> o_BsHK, lse_BHs; fp32, or o in `plan.dtype`
     backward(plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, tokens_Bs, slopes_H) -> dq_BsHK, dk_BtGK, dv_BtGK
 
 on local slices, inside `lcx.sharding.per_shard`; `plan` is a `lcx.parallel.plan.Plan`. They are tried in this order when

@@ -5,8 +5,6 @@ key/value heads. Keys are gathered in their own dtype, again in the backward pas
 Source: Llama Team, "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.3.2.
 """
 
-import dataclasses
-
 import jax
 from jax import lax
 

@@ -70,6 +70,7 @@ def context_attention(
     (_, S, H, K), G = q_BSHK.shape, k_BTGK.shape[2]
     shards, tensor = mesh.shape["seq"], mesh.shape["tensor"]
     length = padded_length(layout, S, shards)
+    dtype = jnp.float32 if return_lse or sink_logits_H is not None else q_BSHK.dtype
     plan = Plan(
         spec=AttentionSpec(mask, K**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap)),
         layout=layout,
@@ -78,6 +79,7 @@ def context_attention(
         q_heads=H // tensor,
         kv_heads=G // tensor,
         packed=segments_BS is not None or length != S,
+        dtype=jnp.dtype(dtype),
         implementation=implementation,
         ulysses_degree=ulysses_degree,
     )
@@ -94,9 +96,8 @@ def context_attention(
             sink_BS = sinks.leading_tokens_BS(segments_BS.astype(jnp.int32), mask.sink_tokens, layout=layout, mesh=mesh)
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
-    dtype = jnp.float32 if return_lse or sink_logits_H is not None else q_BSHK.dtype
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
-    call = _Call(module, plan, mesh, jnp.dtype(dtype))
+    call = _Call(module, plan, mesh)
     o_BSHK, lse_BHS = _attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
     if length != S:
         o_BSHK, lse_BHS = padding.remove(o_BSHK), padding.remove(lse_BHS, dim=2)
@@ -112,7 +113,6 @@ class _Call:
     strategy: ModuleType
     plan: Plan
     mesh: Mesh
-    dtype: jnp.dtype
 
     def run(self, function: str, dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
         """The strategy's `forward` or `backward` on every device."""
@@ -130,7 +130,7 @@ def _attend(call: _Call, q, k, v, slopes_H, tokens_BS):
 def _attend_forward(call, q, k, v, slopes_H, tokens_BS):
     o, lse = call.run("forward", ("BSHK", "BTGK", "BTGK", "BS", "H"), ("BSHK", "BHS"), q, k, v, tokens_BS, slopes_H)
     # Named here, among the residuals, so that a remat policy can save them and the forward ring is not run again.
-    o, lse = checkpoint_name(o.astype(call.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
+    o, lse = checkpoint_name(o.astype(call.plan.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
     return (o, lse), (q, k, v, slopes_H, tokens_BS, o, lse)
 
 
@@ -180,7 +180,11 @@ def _strategy(name: str, plan: Plan) -> ModuleType:
     reason = module.refuse(plan)
     if reason is not None:
         without_degree = dataclasses.replace(plan, ulysses_degree=None)
-        others = [other for other in STRATEGIES if other != name and load(STRATEGIES, other, field="strategy").refuse(without_degree) is None]
+        others = [
+            other
+            for other in STRATEGIES
+            if other != name and load(STRATEGIES, other, field="strategy").refuse(without_degree) is None
+        ]
         raise UserError(f"context_attention: strategy={name!r} cannot run: {reason}; strategies that can: {', '.join(others)}")
     return module if plan.shards > 1 else load(STRATEGIES, "ring", field="strategy")
 

@@ -26,6 +26,7 @@ class Plan:
       length: tokens of the whole row, padding included.
       q_heads, kv_heads: heads that one tensor shard holds.
       packed: document ids are given, and travel with the keys.
+      dtype: type in which the output is kept, and may travel once it is final.
       implementation: of the attention backend.
       ulysses_degree: devices in one Ulysses group; None takes the largest that the heads allow.
       hidden: how many leading tokens of the row nobody sees as keys, because they are attended to apart.
@@ -38,6 +39,7 @@ class Plan:
     q_heads: int
     kv_heads: int
     packed: bool
+    dtype: jnp.dtype
     implementation: str
     ulysses_degree: int | None = None
     hidden: int = 0

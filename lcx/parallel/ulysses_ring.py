@@ -1,7 +1,8 @@
-"""Ulysses within groups of neighbouring devices, a ring between the groups; with one group it is Ulysses, with groups of one a ring.
+"""Ulysses within groups of neighbouring devices, a ring between the groups.
 
 Inside a group an all-to-all trades tokens for heads, so that a group is one place of the ring with U times the tokens: U times
-fewer hops, and U can be as small as the heads require. Source: Fang and Zhao, "USP" (arXiv 2405.07719).
+fewer hops, and U can be as small as the heads require. One group is Ulysses, groups of one device are a ring.
+Source: Fang and Zhao, "USP" (arXiv 2405.07719).
 """
 
 import dataclasses
@@ -21,10 +22,9 @@ def divisors(n: int) -> list[int]:
 def refuse(plan: Plan) -> str | None:
     """Refuses a `ulysses_degree` that devices or heads do not allow, and striped groups that are not the whole row."""
     degree = group_size(plan)
-    reason = refuse_degree(plan, degree)
-    if reason is None and plan.layout == "striped" and 1 < degree < plan.shards:
-        return f"groups of {degree} of {plan.shards} devices hold no evenly spaced tokens in layout='striped'; zigzag and contiguous work"
-    return reason
+    if plan.layout == "striped" and 1 < degree < plan.shards:
+        return f"layout='striped' leaves groups of {degree} devices no evenly spaced tokens; zigzag and contiguous work"
+    return refuse_degree(plan, degree)
 
 
 def refuse_degree(plan: Plan, degree: int) -> str | None:
@@ -63,7 +63,7 @@ def forward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H):
     exchange, between = _groups(plan)
     q, k, v, tokens, slopes = _gather(exchange, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H)
     o, lse = ring.forward(between, q, k, v, tokens, slopes, stride=exchange.degree)
-    return exchange.return_queries(o), exchange.return_lse(lse)
+    return exchange.return_queries(o.astype(plan.dtype)), exchange.return_lse(lse)
 
 
 def _gather(exchange: HeadExchange, q, k, v, tokens, slopes):

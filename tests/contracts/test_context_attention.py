@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 
 from lcx.ops.attention import attention
@@ -20,9 +21,20 @@ from lcx.registry import UserError
 from lcx.sharding import activation_spec
 from tests.tolerance import GRADIENTS, assert_close, rms_ratio
 
-# The arrays are small: compiling is what takes time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-DIMS = dict(q="BSHK", k="BTGK", v="BTGK", sink="H", segments="BS", do="BSHK", dlse="BHS", dq="BSHK", dk="BTGK", dv="BTGK", o="BSHK", lse="BHS")
+DIMS = dict(
+    q="BSHK",
+    k="BTGK",
+    v="BTGK",
+    sink="H",
+    segments="BS",
+    do="BSHK",
+    dlse="BHS",
+    dq="BSHK",
+    dk="BTGK",
+    dv="BTGK",
+    o="BSHK",
+    lse="BHS",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +95,12 @@ CASES = {
     "causal": Case(),
     "full": Case(Mask(causal=False), breaks="v"),
     "packed_padded": Case(packed=True, rows=3, breaks="segments"),
-    "full_packed": Case(Mask(causal=False), packed=True, breaks="segments"),
     "window": Case(Mask(window=(9, 0))),
     "two_sided_window": Case(Mask(causal=False, window=(5, 9))),
     "sink_tokens": Case(Mask(window=(9, 0), sink_tokens=3), breaks="v"),
     "sink_tokens_packed": Case(Mask(window=(5, 0), sink_tokens=10), packed=True, breaks="segments"),
     "sink_logits_gqa": Case(sink_logits=True, heads=(8, 4), return_lse=True, breaks="sink"),
     "mqa_lse": Case(heads=(4, 1), return_lse=True, breaks="dlse"),
-    "two_kv_heads": Case(heads=(4, 2), breaks="v"),
     "odd_length": Case(length=53, heads=(4, 2)),
     "softcap_alibi": Case(softcap=1.5, alibi=True, breaks="q"),
     "everything": Case(
@@ -123,7 +133,7 @@ def _expected(case: Case) -> dict[str, np.ndarray]:
         return attention(q, k, v, segments_q_BS=segments, segments_k_BT=segments, implementation="reference", **options)
 
     inputs = {name: jnp.asarray(x) for name, x in case.arrays().items()}
-    run = jax.jit(functools.partial(case.run, attend)).lower(inputs).compile(compiler_options=QUICK)
+    run = jax.jit(functools.partial(case.run, attend))
     return {name: np.asarray(x) for name, x in run(inputs).items()}
 
 
@@ -135,17 +145,18 @@ class Sharded:
         self.index = sequence_permutation(layout, case.length, mesh.shape["seq"])
 
         def attend(q, k, v, segments, **others):
-            return context_attention(q, k, v, mesh=mesh, strategy=strategy, layout=layout, segments_BS=segments, **others, **options)
+            return context_attention(
+                q, k, v, mesh=mesh, strategy=strategy, layout=layout, segments_BS=segments, **others, **options
+            )
 
-        placed = self._placed(case.arrays())
-        self.compiled = jax.jit(functools.partial(case.run, attend)).lower(placed).compile(compiler_options=QUICK)
+        self.run = jax.jit(functools.partial(case.run, attend))
 
     def _placed(self, arrays):
         return {name: _place(name, x, self.mesh, self.index) for name, x in arrays.items()}
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs, order = {}, np.argsort(self.index)
-        for name, x in self.compiled(self._placed(arrays)).items():
+        for name, x in self.run(self._placed(arrays)).items():
             dims = DIMS[name] if name in DIMS else DIMS[name[1:]]
             token_dim = next((i for i, d in enumerate(dims) if d in "ST"), None)
             outputs[name] = np.asarray(x) if token_dim is None else np.take(np.asarray(x), order, axis=token_dim)
@@ -199,10 +210,13 @@ def test_equal_to_whole(mesh_of, case, strategy):
     _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "zigzag", **_options(strategy)))
 
 
+IN_LAYOUTS = [("ring", "causal"), ("ring", "sink_tokens")]
+IN_LAYOUTS += [(strategy, name) for strategy in STRATEGIES for name in ("two_sided_window", "everything")]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["causal", "two_sided_window", "sink_tokens", "everything"])
-def test_equal_to_whole_in_other_layouts(mesh_of, name, strategy, layout):
+@pytest.mark.parametrize("strategy,name", IN_LAYOUTS)
+def test_equal_to_whole_in_other_layouts(mesh_of, strategy, name, layout):
     options = {} if layout == "striped" else _options(strategy)
     _assert_equal_to_whole(CASES[name], Sharded(CASES[name], mesh_of(seq=4), strategy, layout, **options))
 
@@ -230,43 +244,50 @@ def test_equal_to_whole_on_any_mesh(mesh_of, strategy, sizes, layout):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_forward_alone_gives_the_same_values(mesh_of, strategy):
     """Differentiating must not choose another computation."""
-    case, mesh = CASES["two_kv_heads"], mesh_of(seq=4)
+    case, mesh = CASES["sink_logits_gqa"], mesh_of(seq=4)
     index = sequence_permutation("zigzag", case.length, 4)
     q, k, v = (_place(name, case.arrays()[name], mesh, index) for name in "qkv")
     attend = functools.partial(context_attention, mesh=mesh, strategy=strategy, mask=case.mask, **_options(strategy))
-    alone = jax.jit(attend).lower(q, k, v).compile(compiler_options=QUICK)(q, k, v)
-    primal = jax.jit(lambda *x: jax.vjp(attend, *x)[0]).lower(q, k, v).compile(compiler_options=QUICK)(q, k, v)
+    alone = jax.jit(attend)(q, k, v)
+    primal = jax.jit(lambda *x: jax.vjp(attend, *x)[0])(q, k, v)
     assert (np.asarray(alone) == np.asarray(primal)).all()
 
 
-def _gradient_errors(mesh, dtype) -> dict[str, float]:
-    """RMS ratio of (dq, dk, dv) against the reference in fp32 on the same inputs; ring, zigzag."""
-    case = Case(length=128, heads=(2, 1), rows=1, return_lse=True)
-    arrays = {name: np.asarray(x, np.float32) for name, x in case.arrays().items()}
+ACCURACY = Case(length=128, heads=(2, 1), rows=1, return_lse=True)
+
+
+@functools.cache
+def _accuracy_case(dtype: str):
+    """Inputs that `dtype` represents exactly, and what the reference makes of them in fp32."""
+    arrays = ACCURACY.arrays()
     for name in "qkv":
         arrays[name] = np.asarray(jnp.asarray(arrays[name], dtype), np.float32)
-    index = sequence_permutation("zigzag", case.length, mesh.shape["seq"])
-    placed = {name: _place(name, x, mesh, index).astype(dtype if name in "qkv" else "float32") for name, x in arrays.items()}
-
-    def attend(q, k, v, segments, **options):
-        return context_attention(q, k, v, mesh=mesh, **options)
-
-    run = jax.jit(functools.partial(case.run, attend)).lower(placed).compile(compiler_options=QUICK)
-    actual = run(placed)
 
     def dense(q, k, v, segments, **options):
         return attention(q, k, v, implementation="reference", **options)
 
-    expected = jax.jit(functools.partial(case.run, dense))({name: jnp.asarray(x) for name, x in arrays.items()})
-    in_order = np.argsort(index)
-    return {name: rms_ratio(np.asarray(actual[name])[:, in_order], expected[name]) for name in ("o", "dq", "dk", "dv")}
+    inputs = {name: jnp.asarray(x) for name, x in arrays.items()}
+    return arrays, jax.jit(functools.partial(ACCURACY.run, dense))(inputs)
+
+
+def _errors(mesh, dtype: str) -> dict[str, float]:
+    """RMS ratio of o, dq, dk and dv to the reference on the same inputs; ring, zigzag."""
+    arrays, expected = _accuracy_case(dtype)
+    index = sequence_permutation("zigzag", ACCURACY.length, mesh.shape["seq"])
+    placed = {name: _place(name, x.astype(dtype) if name in "qkv" else x, mesh, index) for name, x in arrays.items()}
+
+    def attend(q, k, v, segments, **options):
+        return context_attention(q, k, v, mesh=mesh, **options)
+
+    actual = jax.jit(functools.partial(ACCURACY.run, attend))(placed)
+    return {name: rms_ratio(np.asarray(actual[name])[:, np.argsort(index)], expected[name]) for name in ("o", "dq", "dk", "dv")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_error_does_not_grow_with_devices(mesh_of, dtype):
     """Partial results and travelling gradients are fp32, so that 32 hops cost no more accuracy than 2."""
     devices = (2, 4, 8, 16, 32) if dtype == "float32" else (2, 32)
-    errors = {P: _gradient_errors(mesh_of(seq=P), dtype) for P in devices}
+    errors = {P: _errors(mesh_of(seq=P), dtype) for P in devices}
     for name, at_two in errors[2].items():
         for P, at in errors.items():
             assert at[name] <= 2 * at_two, (name, P, errors)
@@ -274,7 +295,7 @@ def test_error_does_not_grow_with_devices(mesh_of, dtype):
 
 def test_error_would_grow_with_rounded_partials(mesh_of, monkeypatch):
     """The twin of the test above."""
-    limit = 2 * _gradient_errors(mesh_of(seq=2), "bfloat16")["o"]
+    limit = 2 * _errors(mesh_of(seq=2), "bfloat16")["o"]
     exact = ring.block_forward
 
     def rounded(plan, queries, keys, order_k, carry=None):
@@ -282,14 +303,32 @@ def test_error_would_grow_with_rounded_partials(mesh_of, monkeypatch):
         return o.astype(jnp.bfloat16).astype(jnp.float32), lse
 
     monkeypatch.setattr(ring, "block_forward", rounded)
-    assert _gradient_errors(mesh_of(seq=32), "bfloat16")["o"] > limit
+    assert _errors(mesh_of(seq=32), "bfloat16")["o"] > limit
 
 
-# What is sent.
+# What is sent. Counted in the traced program, which has the types that are sent (XLA turns bf16 into fp32 on CPU); one test
+# compares it with what XLA compiles.
+
+SENDS = ("ppermute", "all_to_all", "all_gather", "psum", "reduce_scatter")
+Sent = collections.Counter  # (collective, "dtype[sizes]" of one device's operand) -> times executed
 
 
-def _executed(text: str) -> dict[str, collections.Counter]:
-    """Collective -> {shape: times executed by one device}, loops counted as often as they run."""
+def _executed(jaxpr, times: int = 1) -> Sent:
+    """Collectives that one device executes, loops counted as often as they run."""
+    counts = Sent()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name.removesuffix("_invariant")
+        if name in SENDS:
+            for operand in equation.invars:
+                counts[name, operand.aval.str_short(short_dtypes=True)] += times
+        inner = sum((_executed(x, times * equation.params.get("length", 1)) for x in jaxprs_in_params(equation.params)), Sent())
+        assert not (inner and name == "while"), "a collective in a loop of unknown length"
+        counts += inner
+    return counts
+
+
+def _executed_hlo(text: str) -> Sent:
+    """As `_executed`, from compiled HLO."""
     bodies, name = {}, None
     for line in text.splitlines():
         header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -298,63 +337,72 @@ def _executed(text: str) -> dict[str, collections.Counter]:
             bodies[name] = []
         elif name:
             bodies[name].append(line)
-    counts = collections.defaultdict(collections.Counter)
 
     def walk(name, times):
+        counts = Sent()
         for line in bodies[name]:
-            op = re.search(r"= (\S+) (collective-permute|all-to-all|all-gather|all-reduce|reduce-scatter)\(", line)
-            if op:
-                shape = re.match(r"\(?(\w+\[[\d,]*\])", op.group(1)).group(1)
-                counts[op.group(2)][shape] += times
+            if op := re.search(r"= f32\[([\d,]*)\]\S* collective-permute\(", line):
+                counts["ppermute", f"f32[{op.group(1)}]"] += times
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            assert trips or " while(" not in line or "condition" not in line or not _has_collective(line), line
             for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                walk(callee, times * (int(trips.group(1)) if trips else 1))
+                counts += walk(callee, times * (int(trips.group(1)) if trips else 1))
+        return counts
 
-    def _has_collective(line):
-        return any(re.search("collective-permute|all-", inner) for c in re.findall(r"body=%?([\w.\-]+)", line) for inner in bodies[c])
-
-    walk("ENTRY", 1)
-    return counts
+    return walk("ENTRY", 1)
 
 
-def _sent(mesh, mask, *, layout="zigzag", strategy="ring", heads=(4, 2), packed=False, backward=False, dtype="bfloat16", length=256, **options):
-    """What one device sends in the forward or in the backward pass alone."""
-    shape = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(sizes, dtype)
-    (H, G), place = heads, lambda x, dims: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, activation_spec(dims)))
-    q, k = place(shape(1, length, H, 8), "BSHK"), place(shape(1, length, G, 8), "BTGK")
-    segments = place(shape(1, length, dtype="int32"), "BS") if packed else None
+class Program:
+    """`context_attention` of shapes on a mesh, forward, and forward with backward."""
 
-    def attend(q, k, v, segments):
-        return context_attention(q, k, v, mesh=mesh, layout=layout, strategy=strategy, mask=mask, segments_BS=segments, **options)
+    def __init__(self, mesh, mask, *, heads=(4, 2), length=256, dtype="bfloat16", packed=False, **options):
+        def shape(name, dtype, *sizes):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, activation_spec(DIMS[name])))
 
-    def both(q, k, v, segments, do):
-        return jax.vjp(lambda *x: attend(*x, segments), q, k, v)[1](do)
+        q = shape("q", dtype, 1, length, heads[0], 8)
+        k = shape("k", dtype, 1, length, heads[1], 8)
+        self.shapes = (q, k, k, shape("segments", "int32", 1, length) if packed else None)
 
-    if not backward:
-        return _executed(jax.jit(attend).lower(q, k, k, segments).compile(compiler_options=QUICK).as_text())
-    forward = _sent(mesh, mask, layout=layout, strategy=strategy, heads=heads, packed=packed, dtype=dtype, length=length, **options)
-    total = _executed(jax.jit(both).lower(q, k, k, segments, q).compile(compiler_options=QUICK).as_text())
-    for op, shapes in forward.items():
-        total[op].subtract(shapes)
-    return {op: +shapes for op, shapes in total.items()}
+        def attend(q, k, v, segments):
+            return context_attention(q, k, v, mesh=mesh, mask=mask, segments_BS=segments, **options)
+
+        def both(q, k, v, segments):
+            o, pull = jax.vjp(lambda *x: attend(*x, segments), q, k, v)
+            return pull(o)
+
+        self.attend, self.both = jax.jit(attend), jax.jit(both)
+
+    def sent(self) -> Sent:
+        """Of the forward pass."""
+        return _executed(self.attend.trace(*self.shapes).jaxpr.jaxpr)
+
+    def sent_back(self) -> Sent:
+        """Of the backward pass alone."""
+        return _executed(self.both.trace(*self.shapes).jaxpr.jaxpr) - self.sent()
 
 
-@pytest.mark.parametrize("P", [2, 4, 8, 32])
+@pytest.mark.parametrize("P", [1, 2, 4, 8, 32])
 def test_ring_makes_one_hop_less_than_there_are_devices(mesh_of, P):
-    s = 256 // P
-    keys, grads = f"bf16[1,{s},2,8]", f"f32[1,{s},2,8]"
-    mesh = mesh_of(seq=P)
-    assert _sent(mesh, Mask()) == {"collective-permute": {keys: 2 * (P - 1)}}
-    if P != 4:
-        assert _sent(mesh, Mask(), backward=True) == {"collective-permute": {keys: 2 * (P - 1), grads: 2 * (P - 1)}}
-    else:
-        ids = f"s32[1,{s}]"
-        assert _sent(mesh, Mask(), packed=True) == {"collective-permute": {keys: 2 * (P - 1), ids: P - 1}}
+    """Keys and values in their own dtype and number, document ids as one array, gradients in fp32."""
+    s, hops_made = 256 // P, P - 1
+    keys, ids, grads = ("ppermute", f"bf16[1,{s},2,8]"), ("ppermute", f"i32[1,{s}]"), ("ppermute", f"f32[1,{s},2,8]")
+    plain, packed = Program(mesh_of(seq=P), Mask()), Program(mesh_of(seq=P), Mask(), packed=True)
+    assert plain.sent() == +Sent({keys: 2 * hops_made})
+    assert plain.sent_back() == +Sent({keys: 2 * hops_made, grads: 2 * hops_made})
+    assert packed.sent() == +Sent({keys: 2 * hops_made, ids: hops_made})
+    assert packed.sent_back() == +Sent({keys: 2 * hops_made, ids: hops_made, grads: 2 * hops_made})
+
+
+def test_xla_sends_what_was_traced(mesh_of):
+    """In fp32, on eight devices: loops there and back, and the two legs of a window."""
+    compiled = lambda run, program: run.lower(*program.shapes).compile().as_text()
+    whole = Program(mesh_of(seq=8), Mask(), dtype="float32")
+    assert _executed_hlo(compiled(whole.both, whole)) == whole.sent() + whole.sent_back()
+    window = Program(mesh_of(seq=8), Mask(causal=False, window=(40, 70)), dtype="float32", layout="contiguous")
+    assert _executed_hlo(compiled(window.attend, window)) == window.sent() == {("ppermute", "f32[1,32,2,8]"): 2 * (2 + 3)}
 
 
 @pytest.mark.parametrize(
-    "layout,mask,there,back",
+    "layout,mask,forward,backward",
     [
         ("contiguous", Mask(window=(31, 0)), 1, 0),
         ("contiguous", Mask(window=(33, 0)), 2, 0),
@@ -363,20 +411,19 @@ def test_ring_makes_one_hop_less_than_there_are_devices(mesh_of, P):
         ("zigzag", Mask(causal=False, window=(20, 20)), 2, 2),
         ("contiguous", Mask(window=(31, 0), sink_tokens=4), 1, 0),
         ("zigzag", Mask(window=(15, 0), sink_tokens=4), 1, 1),
+        ("zigzag", Mask(window=(15, 0), sink_tokens=17), 7, 0),
         ("striped", Mask(window=(31, 0)), 7, 0),
     ],
     ids=str,
 )
-def test_a_window_takes_only_the_hops_it_needs(mesh_of, layout, mask, there, back):
-    """Eight devices of 32 tokens. After a leg of n hops the gradient made n - 1 and goes home in one."""
-    keys, grads, hops_made = "bf16[1,32,2,8]", "f32[1,32,2,8]", there + back
-    mesh = mesh_of(seq=8)
-    sinks = {"all-reduce": {"bf16[1,4,2,8]": 2}} if mask.sink_tokens else {}
-    sent = _sent(mesh, mask, layout=layout)
-    assert sent["collective-permute"] == {keys: 2 * hops_made}
-    assert sum(sent["all-reduce"].values()) == sum(sum(x.values()) for x in sinks.values())
-    sent = _sent(mesh, mask, layout=layout, backward=True)
-    assert sent["collective-permute"] == {keys: 2 * hops_made, grads: 2 * hops_made}
+def test_a_window_takes_only_the_hops_it_needs(mesh_of, layout, mask, forward, backward):
+    """Eight devices of 32 tokens. Gradients make one hop less on each leg and go home in one; four sink tokens travel apart."""
+    program, made = Program(mesh_of(seq=8), mask, layout=layout), 2 * (forward + backward)
+    keys, grads = ("ppermute", "bf16[1,32,2,8]"), ("ppermute", "f32[1,32,2,8]")
+    apart = mask.sink_tokens == 4
+    sinks, sink_grads = {("psum", "bf16[1,4,2,8]"): 2 * apart}, {("psum", "f32[1,4,2,8]"): 2 * apart}
+    assert program.sent() == Sent({keys: made} | sinks)
+    assert program.sent_back() == Sent({keys: made, grads: made} | sinks | sink_grads)
 
 
 def test_legs_bring_every_needed_block_past_and_are_shortest():
@@ -386,7 +433,9 @@ def test_legs_bring_every_needed_block_past_and_are_shortest():
             legs = hops.shortest_legs(distances, size)
             passed = {sign * step % size for sign, count in legs for step in range(1, count + 1)}
             assert set(distances) <= passed
-            best = min(a + b for a in range(size) for b in range(size) if set(distances) <= {*range(1, a + 1), *range(size - b, size)})
+            best = min(
+                a + b for a in range(size) for b in range(size) if set(distances) <= {*range(1, a + 1), *range(size - b, size)}
+            )
             assert sum(count for _, count in legs) == best
 
 
@@ -417,36 +466,47 @@ def test_program_does_not_grow_with_devices(mesh_of):
     assert instructions(32) == instructions(8)
 
 
-def test_ulysses_repeats_nothing(mesh_of):
-    """Eight query and two key/value heads on four devices: each token's keys are sent once, then gathered by who shares a head."""
-    sent = _sent(mesh_of(seq=4), Mask(), strategy="ulysses", heads=(8, 2), layout="contiguous", dtype="float32")
-    elements = lambda shapes: sorted((np.prod([int(n) for n in re.findall(r"\d+", s.split("[")[1])]), n) for s, n in shapes.items())
-    s, K = 64, 8
-    # A tuple-shaped all-to-all counts one of its parts: 4 parts of q and o, 2 of k and v; lse is s * 8.
-    found = sum(size * n for size, n in elements(sent["all-to-all"]))
-    assert found <= 2 * s * 8 * K + 2 * s * 2 * K + s * 8, sent
-    assert sum(size * n for size, n in elements(sent["all-gather"])) == 2 * 4 * s * K, sent
-    assert set(sent) == {"all-to-all", "all-gather"}
+def test_ulysses_sends_each_token_once(mesh_of):
+    """Four devices of 64 tokens. Two key/value heads: traded between two devices, then gathered by the two that share one."""
+    mesh = mesh_of(seq=4)
+    back = {("all_to_all", "bf16[1,256,2,8]"): 1, ("all_to_all", "f32[1,2,256]"): 1}
+    enough = Program(mesh, Mask(), strategy="ulysses", heads=(8, 4), layout="contiguous")
+    assert enough.sent() == {("all_to_all", "bf16[1,64,8,8]"): 1, ("all_to_all", "bf16[1,64,4,8]"): 2, **back}
+    fewer = Program(mesh, Mask(), strategy="ulysses", heads=(8, 2), layout="contiguous")
+    shared = {("all_to_all", "bf16[1,64,2,8]"): 2, ("all_gather", "bf16[1,2,64,1,8]"): 2}
+    assert fewer.sent() == {("all_to_all", "bf16[1,64,8,8]"): 1, **shared, **back}
+    sums = {("reduce_scatter", "f32[1,2,2,64,1,8]"): 2, ("all_to_all", "bf16[1,128,1,8]"): 2}
+    traded = {("all_to_all", "bf16[1,64,8,8]"): 2, ("all_to_all", "f32[1,2,8,64]"): 1, ("all_to_all", "bf16[1,256,2,8]"): 1}
+    assert fewer.sent_back() == {**traded, **shared, **sums}
+
+
+def test_allgather_sums_in_fp32(mesh_of):
+    program = Program(mesh_of(seq=4), Mask(), strategy="allgather")
+    gathered = {("all_gather", "bf16[1,64,2,8]"): 2}
+    assert program.sent() == gathered
+    assert program.sent_back() == gathered | {("reduce_scatter", "f32[1,256,2,8]"): 2}
+
+
+def test_groups_make_the_ring_shorter(mesh_of):
+    """Eight devices in groups of four: one hop of four times the tokens of a quarter of the heads."""
+    program = Program(mesh_of(seq=8), Mask(), strategy="ulysses_ring", ulysses_degree=4, heads=(8, 4))
+    hops_made = {operand: n for (name, operand), n in program.sent().items() if name == "ppermute"}
+    assert hops_made == {"bf16[1,128,1,8]": 2}
 
 
 def test_a_remat_policy_saves_the_forward_ring(mesh_of):
     """Output and logsumexp are named, so that rematerialisation does not send the keys round again."""
     mesh = mesh_of(seq=4)
-    q = jax.ShapeDtypeStruct((1, 64, 2, 8), "float32", sharding=NamedSharding(mesh, activation_spec("BSHK")))
-    permutes = {}
-    for name, policy in (
-        ("saved", jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")),
-        ("replayed", jax.checkpoint_policies.nothing_saveable),
-    ):
+    x = jax.ShapeDtypeStruct((1, 64, 2, 8), "float32")
 
-        @functools.partial(jax.checkpoint, policy=policy)
-        def layer(x):
-            return jnp.tanh(context_attention(x, 2 * x, 3 * x, mesh=mesh, mask=Mask()))
+    def permutes(policy):
+        layer = jax.checkpoint(lambda x: jnp.tanh(context_attention(x, 2 * x, 3 * x, mesh=mesh, mask=Mask())), policy=policy)
+        step = jax.jit(jax.value_and_grad(lambda x: layer(layer(x)).sum()))
+        return sum(_executed(step.trace(x).jaxpr.jaxpr).values())
 
-        text = jax.jit(jax.grad(lambda x, layer=layer: layer(layer(x)).sum())).lower(q).compile(compiler_options=QUICK).as_text()
-        permutes[name] = sum(_executed(text)["collective-permute"].values())
-    # Two layers of three hops: k, v forward; k, v, dk, dv backward.
-    assert permutes == {"saved": 2 * 3 * 6, "replayed": 2 * 3 * 8}
+    # Two layers of three hops: k and v forward; k, v, dk and dv backward; k and v once more where the forward pass is replayed.
+    assert permutes(jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")) == 2 * 3 * 6
+    assert permutes(jax.checkpoint_policies.nothing_saveable) == 2 * 3 * 8
 
 
 # What is refused.
