@@ -75,7 +75,7 @@ class FakeWandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.Settings = dict
-        self.init = lambda **options: types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda **k: None)
+        self.init = lambda **options: types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
 
 
 def traced_only(function):

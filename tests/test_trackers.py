@@ -25,8 +25,19 @@ def no_network(monkeypatch, tmp_path):
     (tmp_path / "home").mkdir()
 
 
-def open_all(tmp_path, resumed_at=0, **fields):
-    return trackers.open_trackers(TrackConfig(**fields), tmp_path, "a run", {"model": {"layers": 2}}, resumed_at)
+@pytest.fixture
+def open_all(tmp_path):
+    """open_all(resumed_at, **fields of TrackConfig) -> the trackers of a run in `tmp_path`, closed when the test ends."""
+    opened = []
+
+    def call(resumed_at=0, **fields):
+        found = trackers.open_trackers(TrackConfig(**fields), tmp_path, "a run", {"model": {"layers": 2}}, resumed_at)
+        opened.extend(found)
+        return found
+
+    yield call
+    for tracker in opened:
+        tracker.close()
 
 
 def warnings_of(caplog) -> list[str]:
@@ -40,8 +51,8 @@ def steps(path: pathlib.Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    (jsonl,) = open_all(tmp_path, wandb="disabled")
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(open_all, tmp_path):
+    (jsonl,) = open_all(wandb="disabled")
     jsonl.log(1, {"loss": 2.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.5}
     jsonl.close()
@@ -96,7 +107,7 @@ def offline_run(tmp_path_factory):
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return workdir, done.stderr
+    return workdir, done.stdout + done.stderr
 
 
 def test_auto_without_a_key_logs_offline_into_the_workdir(offline_run):
@@ -131,7 +142,7 @@ class FakeWandb(types.ModuleType):
         self.options.append(options)
         if mode in self.fails:
             raise RuntimeError(f"no {mode}\nand a long story")
-        return types.SimpleNamespace(log=self.log, finish=lambda **_: None)
+        return types.SimpleNamespace(log=self.log, finish=lambda: None)
 
     def log(self, metrics, step):
         if "log" in self.fails:
@@ -159,54 +170,54 @@ def fake_wandb(monkeypatch):
         ("offline", {"WANDB_API_KEY": "k"}, "offline"),
     ],
 )
-def test_the_mode_of_wandb(tmp_path, monkeypatch, fake_wandb, mode, environment, started):
+def test_the_mode_of_wandb(open_all, monkeypatch, fake_wandb, mode, environment, started):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     module = fake_wandb()
-    assert len(open_all(tmp_path, wandb=mode)) == 2
+    assert len(open_all(wandb=mode)) == 2
     assert module.modes == [started]
 
 
-def test_a_key_in_netrc_counts(tmp_path, fake_wandb):
+def test_a_key_in_netrc_counts(open_all, tmp_path, fake_wandb):
     (tmp_path / "home" / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     (tmp_path / "home" / ".netrc").chmod(0o600)
     module = fake_wandb()
-    open_all(tmp_path)
+    open_all()
     assert module.modes == ["online"]
 
 
-def test_a_continued_run_keeps_its_wandb_id(tmp_path, fake_wandb):
+def test_a_continued_run_keeps_its_wandb_id(open_all, fake_wandb):
     module = fake_wandb()
-    open_all(tmp_path), open_all(tmp_path, resumed_at=3)
+    open_all(), open_all(resumed_at=3)
     first, second = module.options
     assert first["id"] == second["id"] and second["resume"] == "allow"
 
 
-def test_disabled_does_not_even_import_wandb(tmp_path, monkeypatch):
+def test_disabled_does_not_even_import_wandb(open_all, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert len(open_all(tmp_path, wandb="disabled")) == 1
+    assert len(open_all(wandb="disabled")) == 1
 
 
-def test_no_way_online_goes_on_offline_with_one_warning(tmp_path, fake_wandb, caplog):
+def test_no_way_online_goes_on_offline_with_one_warning(open_all, tmp_path, fake_wandb, caplog):
     module = fake_wandb("online")
-    assert len(open_all(tmp_path, wandb="online")) == 2
+    assert len(open_all(wandb="online")) == 2
     assert module.modes == ["online", "offline"]
     (warning,) = warnings_of(caplog)
     assert "no online" in warning and "long story" not in warning and str(tmp_path / "wandb") in warning
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_wandb_that_cannot_start_never_ends_the_run(tmp_path, fake_wandb, caplog, mode):
+def test_a_wandb_that_cannot_start_never_ends_the_run(open_all, tmp_path, fake_wandb, caplog, mode):
     fake_wandb("online", "offline")
-    (jsonl,) = open_all(tmp_path, wandb=mode)
+    (jsonl,) = open_all(wandb=mode)
     jsonl.log(1, {"loss": 1.0})
     assert steps(tmp_path / "metrics.jsonl") == [1]
     assert "W&B is off for this run: no offline (metrics.jsonl goes on)" in warnings_of(caplog)
 
 
-def test_a_tracker_that_fails_while_logging_warns_once_and_is_left_alone(tmp_path, fake_wandb, caplog):
+def test_a_tracker_that_fails_while_logging_warns_once_and_is_left_alone(open_all, tmp_path, fake_wandb, caplog):
     module = fake_wandb("log")
-    opened = open_all(tmp_path, wandb="offline")
+    opened = open_all(wandb="offline")
     for step in (1, 2, 3):
         for tracker in opened:
             tracker.log(step, {"loss": 1.0})
@@ -216,9 +227,9 @@ def test_a_tracker_that_fails_while_logging_warns_once_and_is_left_alone(tmp_pat
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3] and module.lines == []
 
 
-def test_metrics_jsonl_itself_is_not_guarded(tmp_path):
+def test_metrics_jsonl_itself_is_not_guarded(open_all):
     """It is the run's record: a full disk must not pass in silence."""
-    (jsonl,) = open_all(tmp_path, wandb="disabled")
+    (jsonl,) = open_all(wandb="disabled")
     jsonl.close()
     with pytest.raises(ValueError):
         jsonl.log(1, {"loss": 1.0})
@@ -227,18 +238,18 @@ def test_metrics_jsonl_itself_is_not_guarded(tmp_path):
 # ---- TensorBoard
 
 
-def test_tensorboard_writes_event_files(tmp_path):
+def test_tensorboard_writes_event_files(open_all, tmp_path):
     pytest.importorskip("tensorboardX")
-    _, board = open_all(tmp_path, wandb="disabled", tensorboard=True)
+    _, board = open_all(wandb="disabled", tensorboard=True)
     board.log(1, {"loss": 1.5, "held_out_by_position": [{"start": 0}]})
     board.close()
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert b"loss" in file.read_bytes()
 
 
-def test_a_tensorboard_that_cannot_start_never_ends_the_run(tmp_path, monkeypatch, caplog):
+def test_a_tensorboard_that_cannot_start_never_ends_the_run(open_all, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    assert len(open_all(tmp_path, wandb="disabled", tensorboard=True)) == 1
+    assert len(open_all(wandb="disabled", tensorboard=True)) == 1
     (warning,) = warnings_of(caplog)
     assert warning.startswith("TensorBoard is off for this run")
 

@@ -34,11 +34,21 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def _table(title: str) -> Table:
+    """Two columns without a header; long values go on in the next line."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    return table
+
+
 class Screen:
     """The output of one run; only process 0 writes."""
 
     def __init__(self, steps: int):
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 1000  # a file has no edge at which a path would have to be cut
         self._steps, self._progress, self._task, self._began, self._first = steps, None, None, 0.0, 0
 
     def say(self, text: str) -> None:
@@ -47,7 +57,7 @@ class Screen:
 
     def opening(self, experiment: Experiment, record: dict[str, Any], workdir: str) -> None:
         """What is being run, at which scale, on what."""
-        table = Table(title=f"lcx: {experiment.run.name}", title_justify="left", show_header=False)
+        table = _table(f"lcx: {experiment.run.name}")
         length = f"{experiment.sequence.length:,} tokens"
         if experiment.scale == "rehearsal":
             self.say(
@@ -110,7 +120,7 @@ class Screen:
 
     def closing(self, experiment: Experiment, summary: dict[str, Any]) -> None:
         """The final table: what came out, where it lies, what to try next."""
-        table = Table(title="result", title_justify="left", show_header=False)
+        table = _table("result")
         table.add_row("steps", f"{summary['step']}" + (f" ({summary['skipped']} skipped)" if summary["skipped"] else ""))
         held_out = summary["held_out"]
         table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per token, perplexity {held_out['perplexity']:.3f}")

@@ -79,7 +79,7 @@ class Wandb:
 
     def close(self):
         """Ends the W&B run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class TensorBoard:

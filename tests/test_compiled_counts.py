@@ -1,0 +1,96 @@
+"""What the compiled training program executes: counts that decide speed and memory, read from the compiler's own text."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lcx.context import SequenceContext
+from lcx.experiment import sizes_of
+from lcx.mesh import make_mesh
+from lcx.model import LossConfig
+from lcx.planning.hlo import operations
+from lcx.train_loop.state import plan_model
+from tests.experiments import small
+
+# Sizes that occur nowhere else, so that a shape in the program tells what it is.
+LENGTH, WIDTH, VOCAB, CHUNK, LAYERS = 320, 112, 208, 40, 3
+
+
+@functools.cache
+def program(**overrides) -> str:
+    """The compiled text of loss and gradients, batch 1."""
+    fields = dict(sequence__length=LENGTH, ffns__gated__width=WIDTH, model__layers=LAYERS, block__token_chunk=CHUNK)
+    e = small(**(fields | overrides))
+    plan, mesh = plan_model(e, sizes_of(e, VOCAB)), make_mesh(**e.mesh_sizes)
+    rows = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"]
+    tokens_BS = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+
+    def loss(params, tokens_BS):
+        positions_BS = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None], tokens_BS.shape)
+        ctx = SequenceContext(positions_BS, None, e.layout, mesh)
+        weights_BS = jnp.ones(tokens_BS.shape)
+        model = nnx.merge(plan.graph, params)
+        return model.loss(tokens_BS, tokens_BS, weights_BS, ctx, objective=LossConfig(chunk=CHUNK))[0]
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.value_and_grad(loss)).lower(plan.shapes, tokens_BS).compile().as_text()
+
+
+def hidden_dots(text: str, rows: int) -> int:
+    """Executed matrix products whose result is a chunk of feed-forward activations."""
+    return sum(op.times for op in operations(text) if op.kind == "dot" and f"[{rows},{WIDTH}]" in op.shape)
+
+
+@pytest.mark.parametrize("keep", ["attention", "minimal"])
+def test_the_feed_forward_runs_forward_twice_not_three_times(keep):
+    """A chunk: gate and up forward, the same two again for the backward pass, and the gradient of what they feed."""
+    text = program(pattern=("blockwise",), block__remat=keep)
+    assert hidden_dots(text, CHUNK) == (2 + 2 + 1) * LAYERS * (LENGTH // CHUNK)
+
+
+def test_without_remat_and_chunks_it_runs_once():
+    text = program(pattern=("blockwise",), block__remat="none", block__token_chunk=0)
+    assert hidden_dots(text, LENGTH) == (2 + 1) * LAYERS
+
+
+def permutes(text: str) -> int:
+    """Executed collective permutes."""
+    return sum(op.times for op in operations(text) if op.kind.startswith("collective-permute") and not op.kind.endswith("done"))
+
+
+def test_the_forward_ring_is_not_replayed_when_attention_is_kept():
+    """K and V go round 3 hops forward; backward K and V again and their gradients: 6 + 12 a layer, and 6 more when replayed."""
+    ring = dict(pattern=("ring",), mesh__seq=4, sequence__layout="contiguous")
+    assert permutes(program(block__remat="attention", **ring)) == 18 * LAYERS
+    assert permutes(program(block__remat="minimal", **ring)) == 24 * LAYERS
+
+
+def gathers(text: str) -> list[int]:
+    """Loop depth of every all-gather."""
+    return [op.loops for op in operations(text) if op.kind.startswith("all-gather")]
+
+
+def test_no_weight_is_gathered_inside_a_chunk_loop():
+    """Weights are gathered in the scan over layers (depth 1) and outside, never in a loop over tokens (depth 2)."""
+    depths = gathers(program(pattern=("ring",), mesh__fsdp=2, mesh__seq=2, train__batch=2))
+    assert depths and max(depths) == 1
+
+
+# name -> an array that must not exist; twin: options under which it does.
+FORBIDDEN = {
+    "S x S": (rf"\[(1,)?(\d,)?(\d,)?{LENGTH},{LENGTH}\]", dict(pattern=("full",))),
+    "S x F": (rf"\[(1,)?{LENGTH},{WIDTH}\]", dict(block__token_chunk=0)),
+    "S x V": (rf"\[(1,)?{LENGTH},{VOCAB}\]", None),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_no_quadratic_or_wide_array_at_full_length(name):
+    pattern, twin = FORBIDDEN[name]
+    assert not re.search(pattern, program(pattern=("blockwise",), block__remat="attention"))
+    if twin:
+        assert re.search(pattern, program(**(dict(pattern=("blockwise",)) | twin)))

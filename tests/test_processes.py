@@ -1,0 +1,119 @@
+"""The command as a process: killed, asked to stop, continued, and spread over two processes."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 40
+SMALL = {
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "train.batch": 2,
+    "checkpoint.every": 4,
+    "sequence.length": 64,
+    "model.dim": 32,
+    "ffns.gated.width": 32,
+    "evaluate.batches": 1,
+    "track.wandb": "disabled",
+    "data.packing": "stream",
+    "mesh.seq": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(workdir name, **environment) -> a running `python -m lcx.train`; killed at the end if it still runs."""
+    folder, running = tmp_path_factory.mktemp("runs"), []
+    corpus = folder / "text"
+    corpus.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (corpus / f"{i}.txt").write_text(" ".join(rng.choice(["ring", "scan", "mesh", "axis"], size=300)))
+    data = {"data.source": "text_folder", "datasets.text_folder.path": corpus, "data.held_out_fraction": 0.2}
+    data["data.cache_dir"] = folder / "cache"
+
+    def run(name, devices=4, **environment):
+        command = [sys.executable, "-m", "lcx.train", "--config", "configs/tiny.py", "--workdir", str(folder / name)]
+        command += [f"--config.{field}={value}" for field, value in (SMALL | data).items()]
+        own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | own | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        process.workdir = folder / name
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def finish(process, status=0):
+    """Waits for the end and returns what it printed."""
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def wait_for_step(process, step):
+    """Until the run has logged a step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        file = process.workdir / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was never logged:\n{process.communicate(timeout=10)[0] if process.poll() is not None else ''}")
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    """The losses of a run that nobody interrupts."""
+    process = start("whole")
+    finish(process)
+    return losses(process.workdir)
+
+
+def test_killed_asked_to_stop_and_continued_is_bit_for_bit_the_same(start, whole):
+    killed = start("broken")
+    wait_for_step(killed, 7)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    asked = start("broken")
+    wait_for_step(asked, 14)
+    asked.send_signal(signal.SIGTERM)
+    assert "the state is saved, the same command continues" in finish(asked)
+    stopped_at = max(losses(asked.workdir))
+    output = finish(start("broken"))
+    assert f"continuing after step {stopped_at}" in output
+    assert losses(asked.workdir) == whole and len(whole) == STEPS
+
+
+def test_two_processes_train_as_one(start, whole):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    run = {"LCX_COORDINATOR": f"localhost:{port}", "LCX_PROCESSES": "2"}
+    both = [start("two", devices=2, **run, LCX_PROCESS_ID=str(i)) for i in range(2)]
+    for process in both:
+        finish(process)
+    two = losses(both[0].workdir)
+    assert two.keys() == whole.keys()
+    np.testing.assert_allclose([two[s] for s in range(1, 9)], [whole[s] for s in range(1, 9)], rtol=1e-4)
+    assert (both[0].workdir / "checkpoints" / str(STEPS)).is_dir()
