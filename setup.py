@@ -33,7 +33,17 @@ EXTRAS = {
     "hf": ["datasets"],
     "tokenizers": ["tokenizers", "sentencepiece"],
     "tensorboard": ["tensorboardX"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "jaxtyping", "matplotlib", "tokenizers", "sentencepiece", "tensorboardX", "ruff"],
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "jaxtyping",
+        "matplotlib",
+        "tokenizers",
+        "sentencepiece",
+        "tensorboardX",
+        "ruff",
+    ],
 }
 
 setup(

@@ -44,7 +44,14 @@ def get_config(size):
     with config.unlocked():
         config.rehearsal = {
             "sequence": {"length": 1024},
-            "model": {"layers": 2, "dim": 64, "heads": 4, "kv_heads": max(1, 4 * kv_heads // heads), "head_dim": 16, "vocab": 256},
+            "model": {
+                "layers": 2,
+                "dim": 64,
+                "heads": 4,
+                "kv_heads": max(1, 4 * kv_heads // heads),
+                "head_dim": 16,
+                "vocab": 256,
+            },
             "ffns": {"gated": {"width": 192}},
             "train": {"steps": 20},
             "optimizer": {"learning_rate": 5e-3, "warmup_steps": 5},

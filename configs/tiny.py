@@ -1,6 +1,6 @@
 """The smallest run: two layers of ring attention on real text.
 
-    python -m lcx.train --config configs/tiny.py
+python -m lcx.train --config configs/tiny.py
 """
 
 from configs import base

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -251,7 +252,7 @@ def check(experiment: Experiment) -> list[str]:
             f"mesh.data*mesh.fsdp={rows}"
         )
     needed = {block.mixer_layout(kind.mixer.caps, e.layout) for kind in e.pattern} | {e.layout}
-    multiple = max(layouts.shard_multiple(layout, shards) for layout in needed)
+    multiple = math.lcm(*(layouts.shard_multiple(layout, shards) for layout in needed))
     if e.sequence.length % multiple:
         near = max(multiple, round(e.sequence.length / multiple) * multiple)
         problems.append(

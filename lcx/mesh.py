@@ -48,10 +48,14 @@ def resolve_sizes(sizes: dict[str, int], device_count: int) -> dict[str, int]:
         raise UserError(f"mesh.{free[1]}=-1: only one axis may be -1 ({drawn})")
     if free:
         if device_count % fixed:
-            raise UserError(f"mesh {drawn}: {device_count} devices cannot be divided by {fixed}; change mesh.{free[0]} or another axis")
+            raise UserError(
+                f"mesh {drawn}: {device_count} devices cannot be divided by {fixed}; change mesh.{free[0]} or another axis"
+            )
         return {axis: device_count // fixed if size == -1 else size for axis, size in sizes.items()}
     if fixed != device_count:
-        raise UserError(f"mesh {drawn} needs {fixed} devices and there are {device_count}; set one axis to -1 to use what is there")
+        raise UserError(
+            f"mesh {drawn} needs {fixed} devices and there are {device_count}; set one axis to -1 to use what is there"
+        )
     return dict(sizes)
 
 
@@ -91,5 +95,9 @@ def initialize_distributed() -> None:
             num_processes=int(os.environ["LCX_PROCESSES"]),
             process_id=int(os.environ["LCX_PROCESS_ID"]),
         )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif (
+        int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        or "OMPI_COMM_WORLD_SIZE" in os.environ
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    ):
         jax.distributed.initialize()

@@ -97,7 +97,9 @@ class LossConfig:
 class Model(nnx.Module):
     """A decoder (or, with mixers that are not causal, an encoder) over a stream of tokens."""
 
-    def __init__(self, config: Config, sizes: Sizes, pattern: tuple[LayerKind, ...], block_config: block.Config, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Config, sizes: Sizes, pattern: tuple[LayerKind, ...], block_config: block.Config, *, rngs: nnx.Rngs
+    ):
         self.config, self.sizes, self.pattern, self.block_config = config, sizes, pattern, block_config
         self.embedding_VD = matrix(rngs, "VD", (sizes.V, sizes.D), fan_in=1, gain=0.02)
         # Entry i stacks the layers i, i + len(pattern), i + 2 len(pattern), ...

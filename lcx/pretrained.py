@@ -75,7 +75,9 @@ class Tensors:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor, fp32."""
         if name not in self._where:
-            raise UserError(f"train.init_from={str(self._directory)!r} has no tensor {name!r}; it holds e.g. {next(iter(self._where))!r}")
+            raise UserError(
+                f"train.init_from={str(self._directory)!r} has no tensor {name!r}; it holds e.g. {next(iter(self._where))!r}"
+            )
         return np.asarray(self._where[name].get_slice(name)[index]).astype(np.float32)
 
     @property
@@ -120,7 +122,9 @@ def check_config(directory: pathlib.Path, experiment: Experiment, plan: ModelPla
         if published.get(name) is not None and published[name] != size(plan.sizes):
             problems.append(f"{field}={size(plan.sizes)} but {name}={published[name]}")
     if published.get("tie_word_embeddings", False) != experiment.model.tied:
-        problems.append(f"model.tied={experiment.model.tied} but tie_word_embeddings={published.get('tie_word_embeddings', False)}")
+        problems.append(
+            f"model.tied={experiment.model.tied} but tie_word_embeddings={published.get('tie_word_embeddings', False)}"
+        )
     if abs(published.get("rms_norm_eps", 1e-6) - experiment.model.norm_eps) > 1e-12:
         problems.append(f"model.norm_eps={experiment.model.norm_eps} but rms_norm_eps={published['rms_norm_eps']}")
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
@@ -167,5 +171,7 @@ def load_params(directory: str, experiment: Experiment, plan: ModelPlan, mesh: M
     if experiment.model.tied:
         ignored.discard("lm_head.weight")
     if ignored:
-        raise UserError(f"train.init_from={directory!r}: the model has no place for {sorted(ignored)[0]!r} and {len(ignored) - 1} more")
+        raise UserError(
+            f"train.init_from={directory!r}: the model has no place for {sorted(ignored)[0]!r} and {len(ignored) - 1} more"
+        )
     return params

@@ -18,7 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcx.mesh import AXES, BATCH_AXES
 
 PARAMETER_AXES = {"D": ("fsdp", "seq"), "H": ("tensor",), "G": ("tensor",), "F": ("tensor",), "V": ("tensor",), "E": ("tensor",)}
-ACTIVATION_AXES = {"B": BATCH_AXES, "S": ("seq",), "T": ("seq",), "H": ("tensor",), "G": ("tensor",), "F": ("tensor",), "V": ("tensor",), "E": ("tensor",)}
+ACTIVATION_AXES = {
+    "B": BATCH_AXES,
+    "S": ("seq",),
+    "T": ("seq",),
+    "H": ("tensor",),
+    "G": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+    "E": ("tensor",),
+}
 TOKEN_AXES = ("data", "fsdp", "seq")
 
 
@@ -97,7 +106,9 @@ def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: 
         return fn
     is_spec = lambda x: isinstance(x, PartitionSpec)
     restrict = lambda specs: jax.tree.map(lambda s: _restrict(s, axes), specs, is_leaf=is_spec)
-    return jax.shard_map(fn, mesh=mesh, in_specs=restrict(in_specs), out_specs=restrict(out_specs), axis_names=set(axes), check_vma=False)
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=restrict(in_specs), out_specs=restrict(out_specs), axis_names=set(axes), check_vma=False
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

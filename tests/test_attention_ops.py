@@ -126,8 +126,6 @@ def lcx_attention(case, implementation, inputs, **options):
     return attention(inputs["q"], inputs["k"], inputs["v"], **given, **options, implementation=implementation)
 
 
-
-
 DIFFERENTIATED = ("q", "k", "v", "sink_logits")
 
 

@@ -9,18 +9,21 @@ import pytest
 from flax import nnx
 
 from lcx.context import SequenceContext
+from lcx.experiment import sizes_of
 from lcx.mesh import make_mesh
 from lcx.model import LossConfig
 from lcx.pretrained import LLAMA, load_params, read_parameter
 from lcx.registry import UserError
 from lcx.sharding import parameter_shardings
-from lcx.experiment import sizes_of
 from lcx.train_loop.state import plan_model
 from tests.experiments import small
 from tests.tolerance import assert_close, rms_ratio
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-HEADS = {"gqa_untied": dict(model__heads=4, model__kv_heads=2, model__tied=False), "mha_tied": dict(model__heads=2, model__kv_heads=2, model__tied=True)}
+HEADS = {
+    "gqa_untied": dict(model__heads=4, model__kv_heads=2, model__tied=False),
+    "mha_tied": dict(model__heads=2, model__kv_heads=2, model__tied=True),
+}
 LIMIT = 2e-6
 
 
@@ -82,7 +85,9 @@ def test_the_gradient_check_can_fail():
     e, plan, _, params = load("gqa_untied")
     expected = np.load(FIXTURES / "llama_gqa_untied.npz")
     wrong = expected["grad/model.layers.0.self_attn.q_proj.weight"].T
-    right = read_parameter(Gradients(expected), LLAMA["query_DHK"], 0, "DHK", (32, 4, 8), (slice(0, 32), slice(0, 4), slice(0, 8)))
+    right = read_parameter(
+        Gradients(expected), LLAMA["query_DHK"], 0, "DHK", (32, 4, 8), (slice(0, 32), slice(0, 4), slice(0, 8))
+    )
     assert rms_ratio(wrong.reshape(32, 8, 4).swapaxes(1, 2), right) > 0.1
 
 
@@ -91,7 +96,11 @@ def test_sharded_load_equals_whole_load(variant):
     whole = load(variant)[3]
     e, plan, mesh, sharded = load(variant, mesh__fsdp=2, mesh__seq=2, mesh__tensor=2, pattern=("ring",))
     jax.tree.map(np.testing.assert_array_equal, whole, sharded)
-    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), sharded, parameter_shardings(plan.infos, mesh))
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)),
+        sharded,
+        parameter_shardings(plan.infos, mesh),
+    )
 
 
 def test_each_device_reads_its_slice_only(monkeypatch):

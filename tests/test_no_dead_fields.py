@@ -190,17 +190,7 @@ def reads_of_part(table: str, name: str) -> tuple[type, set[str]]:
     return config_class, reads
 
 
-FULL = pytest.mark.xfail(strict=True, reason="mixers.full.implementation is ignored: the class always takes the reference")
-
-
-@pytest.mark.parametrize(
-    "table,name",
-    [
-        pytest.param(table, name, marks=[FULL] if (table, name) == ("mixers", "full") else [])
-        for table in CHOICE
-        for name in config.TABLES[table]
-    ],
-)
+@pytest.mark.parametrize("table,name", [(table, name) for table in CHOICE for name in config.TABLES[table]])
 def test_every_field_of_a_part_is_read(table, name):
     assert unread(*reads_of_part(table, name)) == set()
 

@@ -239,8 +239,6 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 # ---- where the moments live
 
-PLACED = pytest.mark.xfail(strict=True, raises=ValueError, reason="optax.tree.map_params cannot see inside these two states")
-
 
 @pytest.fixture(scope="module")
 def planned():
@@ -252,7 +250,7 @@ def names_of(path) -> list[str]:
     return [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str)]
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", pytest.param("adafactor", marks=PLACED), pytest.param("muon", marks=PLACED)])
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_moments_live_beside_their_parameters_and_scalars_everywhere(planned, name):
     e, plan, mesh = planned
     transformation = build(Config(name=name), 10, plan.infos)

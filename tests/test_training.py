@@ -138,7 +138,11 @@ def test_only_damaged_checkpoints_are_an_error(run_of):
 
 @pytest.mark.parametrize(
     "field,value,text",
-    [("model__dim", 64, "model.dim: 32 -> 64"), ("optimizer__learning_rate", 1.0, "optimizer.learning_rate"), ("train__steps", 9, "train.steps: 8 -> 9")],
+    [
+        ("model__dim", 64, "model.dim: 32 -> 64"),
+        ("optimizer__learning_rate", 1.0, "optimizer.learning_rate"),
+        ("train__steps", 9, "train.steps: 8 -> 9"),
+    ],
 )
 def test_a_checkpoint_of_another_training_is_refused(run_of, field, value, text):
     run_of().train()
@@ -154,7 +158,13 @@ def test_free_fields_may_change_on_continuation(run_of):
 
 
 def test_bad_steps_are_skipped_counted_and_end_the_run(run_of):
-    run = run_of(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, optimizer__schedule="constant", train__steps=20, train__max_bad_steps=3)
+    run = run_of(
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+        optimizer__schedule="constant",
+        train__steps=20,
+        train__max_bad_steps=3,
+    )
     summary = run.train()
     assert summary["ending"] == "diverged" and summary["skipped"] == 3
     skipped = logged(run.workdir, "skipped")

@@ -1,6 +1,6 @@
 """How much temporary memory one layer needs, forward and backward, against the length of the sequence.
 
-    python experiments/layer_memory/run.py            # table and plot
+python experiments/layer_memory/run.py            # table and plot
 """
 
 import argparse

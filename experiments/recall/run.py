@@ -1,6 +1,6 @@
 """Trains both arms of the recall experiment and draws their accuracy. See README.md.
 
-    python experiments/recall/run.py [--steps N]
+python experiments/recall/run.py [--steps N]
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
     (HERE / "result.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, HERE / "recall.png")
     for variant, points in results.items():
-        print(f"{LABELS[variant]}: {100 * points[-1]['held_out_token_accuracy']:.1f} % of answers right after {points[-1]['step']} steps")
+        print(
+            f"{LABELS[variant]}: {100 * points[-1]['held_out_token_accuracy']:.1f} % of answers right after {points[-1]['step']} steps"
+        )
 
 
 if __name__ == "__main__":

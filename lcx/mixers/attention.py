@@ -24,7 +24,7 @@ class Attention(nnx.Module):
     """Multi-head attention with grouped queries: projections, position encoding, attention over the mesh, projection."""
 
     strategy = "ring"
-    implementation: str | None = None  # None: the config's choice
+    automatic = "auto"  # what implementation="auto" stands for
     caps = Caps(bidirectional=True, layouts=("zigzag", "striped", "contiguous"))
 
     @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
             softcap=self.config.softcap,
             alibi_slopes_H=self.posenc.slopes(self.sizes.H),
             sink_logits_H=self.sink_H.get_value() if self.config.sink_logits else None,
-            implementation=self.implementation or self.config.implementation,
+            implementation=self.automatic if self.config.implementation == "auto" else self.config.implementation,
             **self._strategy_options(),
         )
         return run(self._output, {"out_HKD": self.out_HKD}, o_BSHK)
@@ -159,14 +159,16 @@ class OneShard(Attention):
         """As `Attention.check`, and that `seq` is 1."""
         problems = super().check(config, sizes, length, mesh)
         if mesh["seq"] > 1:
-            problems.append(f"mixer {cls.__name__.lower()!r} needs mesh.seq=1 and it is {mesh['seq']}; with a sharded sequence use 'ring'")
+            problems.append(
+                f"mixer {cls.__name__.lower()!r} needs mesh.seq=1 and it is {mesh['seq']}; with a sharded sequence use 'ring'"
+            )
         return problems
 
 
 class Full(OneShard):
     """The oracle: the naive reference implementation, for tests and short sequences."""
 
-    implementation = "reference"
+    automatic = "reference"
     caps = Caps(bidirectional=True, sharded=False)
 
     @classmethod

@@ -64,8 +64,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """The fields in which two resolved configs describe different trainings, as `field: saved value -> current value`."""
     saved, current = flat(saved), flat(current)
-    free = lambda field: field.endswith(".implementation") or any(
-        field.startswith(f) if f.endswith(".") else field == f for f in FREE_FIELDS
+    free = lambda field: (
+        field.endswith(".implementation") or any(field.startswith(f) if f.endswith(".") else field == f for f in FREE_FIELDS)
     )
     changed = [f for f in sorted(saved.keys() | current.keys()) if not free(f) and saved.get(f, None) != current.get(f, None)]
     return [f"{f}: {saved.get(f, 'absent')!r} -> {current.get(f, 'absent')!r}" for f in changed]
@@ -107,7 +107,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"format_version": FORMAT_VERSION, "step": step, "loader": loader, "config": self._resolved}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_as_tree(state)), meta=ocp.args.JsonSave(meta)))
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_as_tree(state)), meta=ocp.args.JsonSave(meta))
+        )
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
         """The newest undamaged checkpoint, or None when there is none at all.

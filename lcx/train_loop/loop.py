@@ -79,7 +79,11 @@ class Run:
         restored = checkpoints.restore(TrainState(self.plan.shapes, moments, counter, counter, counter), self.shardings)
         if restored is None:
             e = self.experiment
-            start = load_params(e.train.init_from, e, self.plan, self.mesh) if e.train.init_from else init_params(e, self.plan, self.mesh)
+            start = (
+                load_params(e.train.init_from, e, self.plan, self.mesh)
+                if e.train.init_from
+                else init_params(e, self.plan, self.mesh)
+            )
             return init_state(start, self.optimizer, self.shardings), 0
         for line in restored.rejected:
             self.screen.say(f"warning: passed over a damaged checkpoint: {line}")

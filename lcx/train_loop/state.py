@@ -78,17 +78,18 @@ def init_params(experiment: Experiment, plan: ModelPlan, mesh: Mesh) -> Any:
 
 
 def state_shardings(optimizer: optax.GradientTransformation, plan: ModelPlan, mesh: Mesh) -> TrainState:
-    """Where every leaf of the state lives: optimizer moments beside their parameters, everything else replicated."""
+    """Where every leaf of the state lives: moments of a parameter's shape beside it, everything else replicated."""
     params, whole = parameter_shardings(plan.infos, mesh), NamedSharding(mesh, PartitionSpec())
-    abstract = jax.eval_shape(optimizer.init, plan.shapes)
-    placed = optax.tree.map_params(
-        optimizer,
-        lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else whole,
-        abstract,
-        plan.shapes,
-        params,
-        transform_non_params=lambda leaf: whole,
-    )
+    shapes = jax.tree_util.tree_leaves_with_path(plan.shapes)
+    homes = {path: (shape.shape, home) for (path, shape), home in zip(shapes, jax.tree.leaves(params), strict=True)}
+
+    def place(path, leaf):
+        # The path of a moment holds that of its parameter: behind it in (0, mu, *parameter) as adamw keeps them, before it in
+        # (0, *parameter, 0, v) where each parameter has a state of its own. optax.tree.map_params sees only the former.
+        parts = (path[i:j] for i in range(len(path)) for j in range(i + 1, len(path) + 1))
+        return next((home for shape, home in (homes[p] for p in parts if p in homes) if shape == leaf.shape), whole)
+
+    placed = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, plan.shapes))
     return TrainState(params=params, optimizer=placed, step=whole, skipped=whole, bad_in_row=whole)
 
 

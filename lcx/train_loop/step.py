@@ -79,7 +79,9 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         loss, norm = total * scale, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(optimizers.clip(grads, norm, experiment.optimizer.clip_norm), state.optimizer, state.params)
+        updates, moments = optimizer.update(
+            optimizers.clip(grads, norm, experiment.optimizer.clip_norm), state.optimizer, state.params
+        )
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         bad = (~good).astype(jnp.int32)
         new = TrainState(

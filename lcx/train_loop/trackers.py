@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import netrc
 import os
 import pathlib
@@ -42,8 +43,9 @@ class Jsonl:
         self._file = path.open("a")
 
     def log(self, step, metrics):
-        """Appends a line."""
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        """Appends a line; JSON has no NaN, so a figure that is not finite becomes null."""
+        strict = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+        self._file.write(json.dumps({"step": step} | strict) + "\n")
         self._file.flush()
 
     def close(self):
