@@ -51,9 +51,8 @@ def main() -> None:
     (HERE / "result.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, HERE / "recall.png")
     for variant, points in results.items():
-        print(
-            f"{LABELS[variant]}: {100 * points[-1]['held_out_token_accuracy']:.1f} % of answers right after {points[-1]['step']} steps"
-        )
+        accuracy = 100 * points[-1]["held_out_token_accuracy"]
+        print(f"{LABELS[variant]}: {accuracy:.1f} % of answers right after {points[-1]['step']} steps")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,8 @@ class Full(OneShard):
         problems = super().check(config, sizes, length, mesh)
         if length > FULL_LIMIT:
             problems.append(
-                f"mixer 'full' holds all scores and stops at {FULL_LIMIT} tokens; sequence.length={length} needs 'blockwise' or 'ring'"
+                f"mixer 'full' holds all scores and stops at {FULL_LIMIT} tokens; sequence.length={length} needs "
+                "'blockwise' or 'ring'"
             )
         return problems
 

@@ -76,7 +76,8 @@ class Rope:
         self.width = int(head_width * config.fraction)
         if self.width < 2 or self.width % 2:
             raise UserError(
-                f"posencs.rope.fraction={config.fraction} turns {self.width} of {head_width} head dimensions; it must be even and >= 2"
+                f"posencs.rope.fraction={config.fraction} turns {self.width} of {head_width} head dimensions; "
+                "that must be even and at least 2"
             )
         if config.scaling not in SCALINGS:
             raise unknown("posencs.rope.scaling", config.scaling, SCALINGS)

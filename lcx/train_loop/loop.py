@@ -110,7 +110,8 @@ class Run:
         """The loop proper. A step's metrics are read while the next one runs, so the device never waits for the host."""
         e, waiting, ending = self.experiment, None, "finished"
         self.throughput.start()
-        with StopRequest() as request:
+        # An array that slips onto the device step by step would cost every step; the loader lets its own batches through.
+        with StopRequest() as request, jax.transfer_guard_host_to_device("disallow"):
             for step in range(first + 1, e.train.steps + 1):
                 state, metrics = step_fn(state, batch)
                 position = self.loader.state()  # of the iterator after this step's batch; the next one is read ahead

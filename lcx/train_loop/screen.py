@@ -123,7 +123,8 @@ class Screen:
         table = _table("result")
         table.add_row("steps", f"{summary['step']}" + (f" ({summary['skipped']} skipped)" if summary["skipped"] else ""))
         held_out = summary["held_out"]
-        table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per token, perplexity {held_out['perplexity']:.3f}")
+        unit = "byte" if experiment.data.tokenizer == "bytes" and "exact_match" not in held_out else "token"
+        table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per {unit}, perplexity {held_out['perplexity']:.3f}")
         for band in held_out["by_position"]:
             table.add_row(f"  positions {band['start']:,} to {band['stop'] - 1:,}", f"{band['loss']:.4f}")
         if "exact_match" in held_out:

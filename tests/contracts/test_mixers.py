@@ -1,0 +1,127 @@
+"""What every entry of the mixer table promises: causality, separate documents, determinism, gradients, its declared caps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx import registry
+from lcx.context import SequenceContext
+from lcx.dims import Sizes
+from lcx.mesh import make_mesh
+from lcx.mixers import MIXERS
+from lcx.parallel import layouts
+from lcx.posenc.rope import Rope
+from tests.tolerance import assert_close, assert_trees_close, rms_ratio
+
+SIZES = Sizes(D=32, H=4, G=2, K=8, V=64, L=2, dtype="float32", norm_eps=1e-5)
+LENGTH, CUT = 48, 21
+CLASSES = {name: registry.load(MIXERS, name, field="mixer") for name in MIXERS}
+SHARDED = [name for name, part in CLASSES.items() if part.caps.sharded]
+
+
+@functools.cache
+def build(name: str, **differences):
+    """(graph, parameters) of a tiny mixer; the parameters depend on their shapes only, so that mixers can be compared."""
+    part = CLASSES[name]
+    config = dataclasses.replace(part.Config(), **(part.tiny() | differences))
+    return nnx.split(part(config, SIZES, Rope(Rope.Config(), SIZES.K), rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def apply(name: str, shards: int = 1, layout: str = "contiguous", packed: bool = False, **differences):
+    """Compiled (params, x_BSD) -> y_BSD in contiguous order, and its parameters."""
+    graph, params = build(name, **differences)
+    mesh = make_mesh(seq=shards)
+    segments = (np.arange(LENGTH) >= CUT).astype(np.int32)[None] + 1
+    positions = np.where(segments == 2, np.arange(LENGTH) - CUT, np.arange(LENGTH)) if packed else np.arange(LENGTH)[None]
+
+    def run(params, x_BSD):
+        with_layout = functools.partial(layouts.convert, mesh=mesh)
+        ctx = SequenceContext(jnp.asarray(positions, jnp.int32), jnp.asarray(segments) if packed else None, "contiguous", mesh)
+        y_BSD = nnx.merge(graph, params)(with_layout(x_BSD, "contiguous", layout), ctx.in_layout(layout))
+        return with_layout(y_BSD, layout, "contiguous")
+
+    def in_mesh(fn):
+        compiled = jax.jit(fn)
+
+        def call(*args):
+            with jax.set_mesh(mesh):
+                return compiled(*args)
+
+        return call
+
+    weighted = lambda params, x_BSD: jnp.sum(run(params, x_BSD) * jnp.cos(jnp.arange(LENGTH, dtype=jnp.float32))[None, :, None])
+    return in_mesh(run), in_mesh(jax.grad(weighted, argnums=(0, 1))), params
+
+
+@functools.cache
+def hidden() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (1, LENGTH, SIZES.D))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_no_token_sees_a_later_one(name):
+    """By gradient: the output at CUT does not depend on any input after it, and does on those before."""
+    run, _, params = apply(name)
+    grad = jax.grad(lambda x: jnp.sum(run(params, x)[:, CUT] ** 2))(hidden())
+    np.testing.assert_array_equal(grad[:, CUT + 1 :], 0)
+    assert np.abs(np.asarray(grad[:, : CUT + 1])).min(axis=(0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("name", [n for n in MIXERS if CLASSES[n].caps.bidirectional])
+def test_a_bidirectional_form_sees_the_future(name):
+    run, _, params = apply(name, causal=False)
+    grad = jax.grad(lambda x: jnp.sum(run(params, x)[:, CUT] ** 2))(hidden())
+    assert np.abs(np.asarray(grad[:, CUT + 1 :])).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_documents_equal_separate_ones(name):
+    """The second document of a packed row equals the same tokens in a row of their own (shifted to its start)."""
+    run, _, params = apply(name, packed=True)
+    alone, _, _ = apply(name)
+    x_BSD = hidden()
+    packed = run(params, x_BSD)
+    shifted = jnp.concatenate([x_BSD[:, CUT:], jnp.zeros_like(x_BSD[:, :CUT])], axis=1)
+    assert_close(packed[:, :CUT], alone(params, x_BSD)[:, :CUT], name="first document")
+    assert_close(packed[:, CUT:], alone(params, shifted)[:, : LENGTH - CUT], name="second document")
+    assert rms_ratio(alone(params, x_BSD)[:, CUT:], packed[:, CUT:]) > 1e-2  # the twin: unpacked, the first leaks in
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_it_is_deterministic(name):
+    _, grad, params = apply(name, packed=True)
+    jax.tree.map(np.testing.assert_array_equal, grad(params, hidden()), grad(params, hidden()))
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_equals_whole_with_gradients(name, layout):
+    if layout not in CLASSES[name].caps.layouts:
+        pytest.skip(f"{name} does not declare {layout}")
+    whole, whole_grad, params = apply(name, packed=True)
+    run, grad, _ = apply(name, shards=4, layout=layout, packed=True)
+    assert_close(run(params, hidden()), whole(params, hidden()))
+    assert_trees_close(grad(params, hidden()), whole_grad(params, hidden()), gradient=True)
+
+
+@pytest.mark.parametrize("name", [n for n in MIXERS if n != "full"])
+def test_every_attention_equals_full_attention(name):
+    run, grad, params = apply(name, packed=True)
+    full, full_grad, _ = apply("full", packed=True)
+    assert_close(run(params, hidden()), full(params, hidden()))
+    assert_trees_close(grad(params, hidden()), full_grad(params, hidden()), gradient=True)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_caps_are_enforced(name):
+    part = CLASSES[name]
+    problems = part.check(part.Config(), SIZES, LENGTH, dict(data=1, fsdp=1, seq=2, tensor=1))
+    assert bool(problems) != part.caps.sharded
+    assert part.caps.fused == (hasattr(part, "prepare") and hasattr(part, "attend"))
+    assert set(part.caps.layouts) <= set(layouts.LAYOUTS)
