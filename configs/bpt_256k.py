@@ -2,7 +2,7 @@
 
     python -m lcx.train --config configs/bpt_256k.py
 
-Real experiment: one accelerator of 80 GiB and more, or a group with the batch over `fsdp`.
+Real experiment: one accelerator of 80 GiB and more, or 2, 4 or 8 with heads and feed-forward width over `tensor`.
 Rehearsal (a host without accelerators): 4,096 tokens on one virtual device, about two minutes on two cores; the held-out
 loss ends below 3.0 nats per byte.
 """
@@ -11,11 +11,11 @@ from configs import base
 
 
 def get_config():
-    """262,144 tokens a sequence on one device."""
+    """262,144 tokens a sequence, whole on every device."""
     config = base.get_config()
     config.name = "bpt_256k"
     config.pattern = ("blockwise",)
-    config.mesh.update(fsdp=-1, seq=1)
+    config.mesh.update(seq=1, tensor=-1)
     config.sequence.length = 262_144
     config.model.update(layers=16, dim=2048, heads=16, kv_heads=8, head_dim=128)
     config.ffns.gated.width = 8192
@@ -27,7 +27,7 @@ def get_config():
     config.evaluate.update(every=500, batches=4)
     with config.unlocked():
         config.rehearsal = {
-            "mesh": {"fsdp": 1},
+            "mesh": {"tensor": 1},
             "sequence": {"length": 4096},
             "model": {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"},
             "ffns": {"gated": {"width": 256}},

@@ -53,7 +53,7 @@ class RunConfig:
     Attributes:
       name: of the experiment; names the default workdir.
       scale: auto (rehearse on a host without accelerators), full or rehearsal.
-      seed: of parameters and data order.
+      seed: of the parameters; `data.seed` orders the data.
       pattern: layer kinds, repeated over the layers. A mixer's name is a kind by default.
       posenc: position encoding of layers that do not say otherwise.
       ffn: feed-forward of layers that do not say otherwise.

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -19,44 +19,69 @@ from lcx.ffn import FFNS
 from lcx.mixers import MIXERS
 from lcx.parallel import layouts
 from lcx.posenc import POSENCS
+from lcx.posenc.rope import Rope
 from lcx.registry import UserError
 from lcx.train_loop import optimizer, settings
 from pallas_kernels import KERNELS
 
 DTYPES = ("bfloat16", "float32")
 
-# Field -> its smallest and its largest value, None for no limit. A field left at None is not compared.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "sequence.length": (1, None),
-    "model.layers": (1, None),
-    "model.dim": (1, None),
-    "model.heads": (1, None),
-    "model.kv_heads": (1, None),
-    "model.head_dim": (1, None),
-    "model.vocab": (1, None),
-    "block.token_chunk": (0, None),
-    "loss.chunk": (1, None),
-    "loss.z_loss": (0, None),
-    "loss.label_smoothing": (0, 1),
-    "optimizer.learning_rate": (0, None),
-    "optimizer.beta1": (0, 1),
-    "optimizer.beta2": (0, 1),
-    "optimizer.eps": (0, None),
-    "optimizer.weight_decay": (0, None),
-    "optimizer.clip_norm": (0, None),
-    "optimizer.warmup_steps": (0, None),
-    "optimizer.decay_fraction": (0, 1),
-    "optimizer.final_fraction": (0, 1),
-    "train.steps": (1, None),
-    "train.batch": (1, None),
-    "train.accumulate": (1, None),
-    "train.log_every": (1, None),
-    "train.max_bad_steps": (1, None),
-    "evaluate.every": (0, None),
-    "evaluate.batches": (1, None),
-    "evaluate.buckets": (1, None),
-    "checkpoint.every": (0, None),
-    "checkpoint.keep": (1, None),
+
+class Range(NamedTuple):
+    """The finite values from `low` to `high`, None for no limit; without `low` itself if `above`, without `high` if `below`."""
+
+    low: float
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+
+    def refuses(self, value: float) -> str | None:
+        """What a value must be and is not; None for one in range."""
+        fits = math.isfinite(value) and (value > self.low if self.above else value >= self.low)
+        if fits and (self.high is None or (value < self.high if self.below else value <= self.high)):
+            return None
+        lower = f"{'above' if self.above else 'at least'} {self.low}"
+        upper = " and finite" if self.high is None else f" and {'below' if self.below else 'at most'} {self.high}"
+        return lower + (upper if self.high is not None or not math.isfinite(value) else "")
+
+
+POSITIVE = Range(0, above=True)
+
+# Field -> its range. A field left at None is not compared.
+RANGES: dict[str, Range] = {
+    "sequence.length": Range(1, 2**30),  # positions are exact in rotary angles, and twice one fits int32
+    "model.layers": Range(1),
+    "model.dim": Range(1),
+    "model.heads": Range(1),
+    "model.kv_heads": Range(1),
+    "model.head_dim": Range(1),
+    "model.vocab": Range(1),
+    "model.logit_softcap": POSITIVE,
+    "model.norm_eps": POSITIVE,
+    "posencs.rope.theta": POSITIVE,
+    "block.token_chunk": Range(0),
+    "loss.chunk": Range(1),
+    "loss.z_loss": Range(0),
+    "loss.label_smoothing": Range(0, 1, below=True),
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.beta1": Range(0, 1, below=True),
+    "optimizer.beta2": Range(0, 1, below=True),
+    "optimizer.eps": Range(0),
+    "optimizer.weight_decay": Range(0),
+    "optimizer.clip_norm": Range(0),
+    "optimizer.warmup_steps": Range(0),
+    "optimizer.decay_fraction": Range(0, 1),
+    "optimizer.final_fraction": Range(0, 1),
+    "train.steps": Range(1),
+    "train.batch": Range(1),
+    "train.accumulate": Range(1),
+    "train.log_every": Range(1),
+    "train.max_bad_steps": Range(1),
+    "evaluate.every": Range(0),
+    "evaluate.batches": Range(1),
+    "evaluate.buckets": Range(1),
+    "checkpoint.every": Range(0),
+    "checkpoint.keep": Range(1),
 }
 
 
@@ -97,8 +122,13 @@ class Experiment:
     resolved: dict[str, Any]
 
 
-def load(path: str, overrides: dict[str, str]) -> Experiment:
+def load(path: str, overrides: dict[str, str], devices: int | None = None) -> Experiment:
     """The experiment of a config file and of `a.b.c -> text` from the command line.
+
+    Args:
+      path: of the config file, with `:argument` where it takes one.
+      overrides: a.b.c -> text.
+      devices: how many it is planned for; None for those that are here.
 
     Raises:
       UserError: with every problem found, one line each.
@@ -123,7 +153,7 @@ def load(path: str, overrides: dict[str, str]) -> Experiment:
     conf.scale = scale
     if "sequence.length" in overrides and scale == "full":
         full_length = conf.sequence.length
-    return resolve(conf, full_length)
+    return resolve(conf, full_length, devices)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -133,8 +163,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def resolve(conf: ml_collections.ConfigDict, full_length: int) -> Experiment:
-    """The typed, checked experiment of a complete config."""
+def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | None = None) -> Experiment:
+    """The typed, checked experiment of a complete config, for `devices` devices; None for those that are here."""
     top = [field.name for field in dataclasses.fields(config.RunConfig)]
     config.check_fields(conf, [*top, *config.BLOCKS, *config.TABLES, "require", "layers", "rehearsal"], "config")
     for name, table in {**config.TABLES, "require": KERNELS}.items():
@@ -144,7 +174,7 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int) -> Experiment:
     run = config.typed(config.RunConfig, {name: conf[name] for name in top}, "config")
     if not run.pattern:
         raise UserError(f"config.pattern=() must name a layer kind (valid: {', '.join([*conf.layers, *MIXERS])})")
-    mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes))
+    mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes) if devices is None else devices)
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     experiment = Experiment(
         run=run,
@@ -231,19 +261,18 @@ def stream_layout(chosen: str, pattern: tuple[model.LayerKind, ...], shards: int
 
 def check(experiment: Experiment) -> list[str]:
     """Every problem between fields, one line each that names the fields and values."""
-    e, sizes, problems = experiment, experiment.model.sizes(vocab=0), []
+    e = experiment
     rows, shards = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"], e.mesh_sizes["seq"]
     owners = e.mesh_sizes["fsdp"] * shards
-    problems += [str(registry.unknown(field, name, valid)) for field, name, valid in _names(e) if name not in valid]
-    for field, (low, high) in RANGES.items():
-        of_block, _, name = field.partition(".")
-        value = getattr(getattr(e, of_block), name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            problems.append(f"{field}={value} must be at least {low}" + ("" if high is None else f" and at most {high}"))
+    problems = [str(registry.unknown(field, name, valid)) for field, name, valid in _names(e) if name not in valid]
+    for field, value in _ranged(e):
+        if value is not None and (wanted := RANGES[field].refuses(value)):
+            problems.append(f"{field}={value} must be {wanted}")
     if e.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         problems.append("track.tensorboard=True needs the extra: pip install 'lcx[tensorboard]'")
     if problems:
         return problems
+    sizes = e.model.sizes(vocab=0)
     if e.train.batch % e.train.accumulate:
         problems.append(f"train.batch={e.train.batch} must be a multiple of train.accumulate={e.train.accumulate}")
     elif (e.train.batch // e.train.accumulate) % rows:
@@ -291,6 +320,17 @@ def _names(e: Experiment) -> list[tuple[str, str, Iterable[str]]]:
         ("track.wandb", e.track.wandb, settings.WANDB_MODES),
         *((f"require.{op}", name, KERNELS[op]) for op, name in e.require.items()),
     ]
+
+
+def _ranged(e: Experiment) -> list[tuple[str, float | None]]:
+    """Every field of `RANGES` that this experiment uses, and its value."""
+    ropes = [kind.posenc_config for kind in e.pattern if kind.posenc is Rope]
+    found = []
+    for field in RANGES:
+        of_block, _, name = field.rpartition(".")
+        owners = ropes[:1] if of_block == "posencs.rope" else [getattr(e, of_block)]
+        found += [(field, getattr(owner, name)) for owner in owners]
+    return found
 
 
 def _build_problems(kind: model.LayerKind, sizes: Sizes) -> list[str]:

@@ -82,22 +82,53 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devic
 
 
 def initialize_distributed() -> None:
-    """Joins the processes of a multi-host run where a launcher announces one; does nothing on a single host.
+    """Joins the processes of a run where a launcher announces several; does nothing on a single host.
 
-    JAX recognises SLURM, Kubernetes, Open MPI and Cloud TPU by itself; `LCX_COORDINATOR`, `LCX_PROCESSES` and
-    `LCX_PROCESS_ID` state a run by hand (the local launcher sets them).
+    JAX recognises Open MPI, SLURM (srun), Cloud TPU and Kubernetes (an indexed Job) by itself; `LCX_COORDINATOR`,
+    `LCX_PROCESSES` and `LCX_PROCESS_ID` state a run by hand (the local launcher sets them).
+
+    Raises:
+      UserError: a run by hand that is not stated in full.
     """
     if "LCX_COORDINATOR" in os.environ:
         if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        processes = _stated("LCX_PROCESSES", 1)
         jax.distributed.initialize(
             coordinator_address=os.environ["LCX_COORDINATOR"],
-            num_processes=int(os.environ["LCX_PROCESSES"]),
-            process_id=int(os.environ["LCX_PROCESS_ID"]),
+            num_processes=processes,
+            process_id=_stated("LCX_PROCESS_ID", 0, processes - 1),
         )
-    elif (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        or "OMPI_COMM_WORLD_SIZE" in os.environ
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    ):
+    elif _is_announced():
         jax.distributed.initialize()
+
+
+def _stated(name: str, low: int, high: int | None = None) -> int:
+    """An integer from the environment."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"LCX_COORDINATOR is set, so {name}={text!r} must be an integer {limits}")
+    return int(text)
+
+
+def _is_announced() -> bool:
+    """Whether this process belongs to a run that `jax.distributed.initialize()` can join without arguments.
+
+    A host of a Cloud TPU joins even when it is the only one: its notice of preemption arrives that way.
+    """
+    # Private, and all there is: initialize() walks the same list and raises where no environment is present. The tests of
+    # lcx.mesh set up every environment and fail when a new JAX detects it in another way.
+    from jax._src.clusters import ClusterEnv, K8sCluster, SlurmCluster
+    from jax._src.clusters.cloud_tpu_cluster import BaseTpuCluster
+
+    # Asked first, because JAX looks for its job with the Kubernetes API, and a pod outside an indexed Job has none.
+    pod_alone = "JOB_COMPLETION_INDEX" not in os.environ
+    known = (env for env in ClusterEnv._cluster_types if not (env.opt_in_only_method or (env is K8sCluster and pod_alone)))
+    env = next((env for env in known if env.is_env_present()), None)
+    if env is None or issubclass(env, BaseTpuCluster):
+        return env is not None
+    if env is SlurmCluster and "SLURM_STEP_NUM_TASKS" in os.environ:
+        # A shell of salloc or sbatch is one task, also where SLURM_NTASKS tells how many srun would start.
+        return int(os.environ["SLURM_STEP_NUM_TASKS"]) > 1
+    return env.get_process_count() > 1

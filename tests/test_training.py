@@ -7,9 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from lcx.planning import memory
+from lcx.pretrained import load_params
 from lcx.registry import UserError
 from lcx.train_loop import checkpoint, loop, step
+from lcx.train_loop.identity import identity
+from lcx.train_loop.workdir import claim
 from tests.experiments import small
 
 
@@ -78,7 +83,7 @@ def kill_after(run, steps, monkeypatch):
     compiled = run._compile
 
     def dying(*args):
-        inner, left = compiled(*args), [steps]
+        (inner, evaluation), left = compiled(*args), [steps]
 
         def call(*args):
             if not left[0]:
@@ -86,7 +91,7 @@ def kill_after(run, steps, monkeypatch):
             left[0] -= 1
             return inner(*args)
 
-        return call
+        return call, evaluation
 
     monkeypatch.setattr(run, "_compile", dying)
     with pytest.raises(Killed):
@@ -169,6 +174,8 @@ def test_bad_steps_are_skipped_counted_and_end_the_run(run_of):
     assert summary["ending"] == "diverged" and summary["skipped"] == 3
     skipped = logged(run.workdir, "skipped")
     assert max(skipped.values()) == 3
+    for line in (run.workdir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (run.workdir / "checkpoints" / str(summary["step"])).is_dir()
 
 
@@ -188,8 +195,17 @@ def test_accumulation_equals_one_big_batch_with_uneven_padding(run_of):
         np.testing.assert_allclose(other, results[0], rtol=2e-6)
 
 
-def test_config_differences_name_the_field_and_both_values():
-    assert checkpoint.differences({"a": {"b": 1}, "mesh": {"seq": 1}}, {"a": {"b": 2}, "mesh": {"seq": 4}}) == ["a.b: 1 -> 2"]
+def test_differences_name_the_field_and_both_values():
+    saved = {"values": {"model.dim": 32, "mesh.seq": 1}, "defaults": {}}
+    current = {"values": {"model.dim": 64, "mesh.seq": 4, "model.new": 7}, "defaults": {"model.new": 7}}
+    assert checkpoint.differences(saved, current) == ["model.dim: 32 -> 64"]
+    current["values"]["model.new"] = 8
+    assert "model.new: 7 -> 8" in checkpoint.differences(saved, current)
+
+
+def test_parts_that_are_not_used_are_not_part_of_the_identity(run_of):
+    values = identity(run_of().experiment)["values"]
+    assert values["layers.blockwise.mixer"] == "Blockwise" and not any("ulysses" in field for field in values)
 
 
 def test_init_from_starts_at_the_published_loss(run_of):
@@ -200,4 +216,73 @@ def test_init_from_starts_at_the_published_loss(run_of):
     random = run_of("random", **fields)
     published = run_of("published", train__init_from=str(fixture), **fields)
     random.train(), published.train()
-    assert logged(random.workdir)[1] != logged(published.workdir)[1]
+    assert abs(logged(random.workdir)[1] - logged(published.workdir)[1]) > 0.1
+    params = load_params(str(fixture), published.experiment, published.plan, published.mesh)
+    with jax.set_mesh(published.mesh):
+        model = nnx.merge(published.plan.graph, params)
+        published.loader.reset()
+        batch = next(published.loader)
+        ctx = step.context(batch, published.experiment, published.mesh)
+        logits = model.logits(batch["tokens_BS"], ctx)
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(batch["labels_BS"])[..., None], -1)[..., 0]
+    weights = np.asarray(batch["weights_BS"])
+    np.testing.assert_allclose(logged(published.workdir)[1], (nll * weights).sum() / weights.sum(), rtol=1e-5)
+
+
+def test_a_checkpoint_continues_on_another_mesh(run_of):
+    """The losses after a change of mesh are those of one mesh throughout, to rounding."""
+    fields = dict(pattern=("ring",), sequence__length=64, evaluate__every=0)
+    whole = run_of("whole", **fields)
+    whole.train()
+    first = run_of("moved", **fields)
+    first.train()
+    shutil.rmtree(first.workdir / "checkpoints" / "8")
+    run_of("moved", mesh__seq=2, mesh__fsdp=2, **fields).train()
+    moved, straight = logged(first.workdir), logged(whole.workdir)
+    np.testing.assert_allclose([moved[s] for s in straight], list(straight.values()), rtol=2e-5)
+
+
+def test_a_finished_run_is_left_as_it_is(run_of, capsys):
+    summary = run_of().train()
+    lines = (run_of().workdir / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert run_of().train() == json.loads(json.dumps(summary))
+    assert "this run is finished" in capsys.readouterr().out
+    assert (run_of().workdir / "metrics.jsonl").read_text() == lines
+
+
+def test_a_workdir_belongs_to_one_run_at_a_time(run_of):
+    with claim(run_of().workdir), pytest.raises(UserError, match="in use by another run"):
+        run_of().train()
+
+
+def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir="), claim(tmp_path / "file"):
+        pass
+
+
+def test_no_held_out_data_is_an_error_before_the_first_step(run_of):
+    with pytest.raises(UserError, match="held_out"):
+        run_of(data__held_out_fraction=0.0).train()
+    assert not (run_of().workdir / "metrics.jsonl").exists()
+
+
+def test_a_step_that_does_not_fit_is_one_line_with_the_figures(run_of):
+    device = type("Device", (), dict(memory_stats=lambda self: dict(bytes_limit=2**30), device_kind="Small"))()
+    with pytest.raises(UserError, match=r"sequence.length=32 needs 2.0 GiB on each Small and it has 1.0"):
+        memory.check_fits({"peak": 2**31}, device, run_of().experiment)
+
+
+def test_the_logged_learning_rate_is_the_one_applied_after_a_skipped_step(run_of):
+    """A skipped step does not move the schedule: the rate logged after it is that of the optimizer's own count."""
+    run = run_of()
+    with jax.set_mesh(run.mesh):
+        state = loop.init_state(loop.init_params(run.experiment, run.plan, run.mesh), run.optimizer, run.shardings)
+        one = jax.jit(step.make_train_step(run.experiment, run.plan, run.optimizer, run.mesh))
+        batch = next(run.loader)
+        rates = []
+        for scale in (1.0, np.nan, 1.0):
+            state, metrics = one(state, batch | {"weights_BS": batch["weights_BS"] * scale})
+            rates.append(float(metrics["learning_rate"]))
+    assert int(state.skipped) == 1 and rates[1] == rates[2] > rates[0]

@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx import registry
 from lcx.context import SequenceContext, TokenChunk
 from lcx.dims import Sizes
 from lcx.initializers import matrix, vector
 from lcx.mixers import Caps
 from lcx.ops.attention import attention
 from lcx.ops.norm import rms_norm
-from lcx.ops.types import Mask
+from lcx.ops.types import AttentionSpec, Mask
+from lcx.parallel import STRATEGIES
 from lcx.parallel.attention import context_attention
+from lcx.parallel.plan import Plan
 from lcx.sharding import tokenwise
+from pallas_kernels import KERNELS
 
 FULL_LIMIT = 16_384
 
@@ -70,7 +74,34 @@ class Attention(nnx.Module):
             problems.append(f"sink_tokens={config.sink_tokens} must be >= 0")
         if config.softcap is not None and config.softcap <= 0:
             problems.append(f"softcap={config.softcap} must be above 0, or None")
+        implementations = ("auto", *KERNELS["attention"])
+        if config.implementation not in implementations:
+            problems.append(str(registry.unknown("implementation", config.implementation, implementations)))
+        if not problems and (reason := cls._strategy_refuses(config, sizes, length, mesh)):
+            degree = f"ulysses_degree={config.ulysses_degree}, " if hasattr(config, "ulysses_degree") else ""
+            given = (
+                f"{degree}model.heads={sizes.H}, model.kv_heads={sizes.G} on mesh.seq={mesh['seq']}, mesh.tensor={mesh['tensor']}"
+            )
+            problems.append(f"{given}: {reason}; mixer 'ring' takes any heads")
         return problems
+
+    @classmethod
+    def _strategy_refuses(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> str | None:
+        """Why the strategy cannot serve these heads on this mesh, in the layout that the mixer likes best; None if it can."""
+        mask = Mask(causal=config.causal, window=config.window, sink_tokens=config.sink_tokens)
+        plan = Plan(
+            spec=AttentionSpec(mask, scale=1.0, softcap=config.softcap),
+            layout=cls.caps.layouts[0],
+            shards=mesh["seq"],
+            length=length,
+            q_heads=sizes.H // mesh["tensor"],
+            kv_heads=sizes.G // mesh["tensor"],
+            packed=True,
+            dtype=jnp.dtype(sizes.dtype),
+            implementation=config.implementation,
+            ulysses_degree=getattr(config, "ulysses_degree", None),
+        )
+        return registry.load(STRATEGIES, cls.strategy, field="strategy").refuse(plan)
 
     @classmethod
     def score_flops(cls, config: Config, sizes: Sizes, ctx: SequenceContext) -> jax.Array:

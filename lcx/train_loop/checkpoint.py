@@ -8,7 +8,9 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lcx.registry import UserError
 from lcx.train_loop import manifest
@@ -28,6 +30,7 @@ FREE_FIELDS = (
     "block.",
     "loss.chunk",
     "data.cache_dir",
+    "train.accumulate",
     "train.log_every",
     "train.max_bad_steps",
     "evaluate.",
@@ -53,22 +56,19 @@ class Restored:
     rejected: tuple[str, ...]
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The fields in which two resolved configs describe different trainings, as `field: saved value -> current value`."""
-    saved, current = flat(saved), flat(current)
+    """The fields in which two identities (`identity`) describe different trainings: `field: saved -> current`.
+
+    A field that did not exist when the checkpoint was written had the value that is its default now.
+    """
     free = lambda field: (
         field.endswith(".implementation") or any(field.startswith(f) if f.endswith(".") else field == f for f in FREE_FIELDS)
     )
-    changed = [f for f in sorted(saved.keys() | current.keys()) if not free(f) and saved.get(f, None) != current.get(f, None)]
-    return [f"{f}: {saved.get(f, 'absent')!r} -> {current.get(f, 'absent')!r}" for f in changed]
+    values, defaults = current["values"], current["defaults"]
+    then = lambda field: saved["values"].get(field, defaults.get(field, "absent"))
+    now = lambda field: values[field] if field in values else "absent"
+    changed = [f for f in sorted(saved["values"].keys() | values.keys()) if not free(f) and then(f) != now(f)]
+    return [f"{f}: {then(f)!r} -> {now(f)!r}" for f in changed]
 
 
 class Checkpoints:
@@ -77,12 +77,12 @@ class Checkpoints:
     Args:
       directory: where they lie.
       config: how many to keep.
-      resolved: the run's resolved config, saved beside each state and compared on restore.
+      identity: what the run computes (`identity`), saved beside each state and compared on restore.
     """
 
-    def __init__(self, directory: pathlib.Path, config: CheckpointConfig, resolved: dict[str, Any]):
+    def __init__(self, directory: pathlib.Path, config: CheckpointConfig, identity: dict[str, Any]):
         self._directory = directory.resolve()
-        self._resolved = resolved
+        self._identity = identity
         directory.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._manager = ocp.CheckpointManager(
@@ -106,42 +106,51 @@ class Checkpoints:
         """Starts saving; returns once the state has been copied off the devices."""
         if step in self._manager.all_steps():
             return
-        meta = {"format_version": FORMAT_VERSION, "step": step, "loader": loader, "config": self._resolved}
+        meta = {"format_version": FORMAT_VERSION, "step": step, "loader": loader, "identity": self._identity}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(_as_tree(state)), meta=ocp.args.JsonSave(meta))
         )
 
-    def restore(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
+    def restore(self, wanted: TrainState) -> Restored | None:
         """The newest undamaged checkpoint, or None when there is none at all.
 
         Args:
-          shapes: ShapeDtypeStructs of the state.
-          shardings: where its leaves go.
+          wanted: ShapeDtypeStructs of the state, with the shardings its leaves get.
 
         Raises:
           UserError: the checkpoint belongs to another config or format, or every checkpoint is damaged.
         """
-        rejected = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        step, rejected = self._newest_good()
+        if step is None:
+            if rejected:
+                raise UserError(f"every checkpoint is damaged; move {self._directory} away to start anew. Newest: {rejected[0]}")
+            return None
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        self._compare(step, meta)
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_tree(wanted)))).state
+        self._discard_after(step)
+        return Restored(TrainState(**tree), step, meta["loader"], tuple(rejected))
+
+    def _newest_good(self) -> tuple[int | None, list[str]]:
+        """The newest step whose files are as they were written, and a line for every newer one. Process 0 reads the files and
+        decides for all: each reading all of a pod's checkpoint would take long, and they must not differ."""
+        steps, rejected, chosen = sorted(self._manager.all_steps(), reverse=True), [], -1
+        for step in steps if jax.process_index() == 0 else ():
             reason = manifest.damage(self._directory / str(step))
-            if reason:
-                rejected.append(reason)
-                continue
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            self._compare(step, meta)
-            place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-            wanted = _as_tree(jax.tree.map(place, shapes, shardings))
-            tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
-            self._discard_after(step)
-            return Restored(TrainState(**tree), step, meta["loader"], tuple(rejected))
-        if rejected:
-            raise UserError(f"every checkpoint is damaged; move {self._directory} away to start anew. Newest: {rejected[0]}")
-        return None
+            if not reason:
+                chosen = step
+                break
+            rejected.append(reason)
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if chosen < 0 and steps and not rejected:
+            rejected = [f"process 0 found step {steps[0]} damaged"]
+        return (chosen if chosen >= 0 else None), rejected
 
     def _compare(self, step: int, meta: dict[str, Any]) -> None:
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"checkpoint step {step} has format {meta['format_version']}, this lcx reads {FORMAT_VERSION}")
-        changed = differences(meta["config"], self._resolved)
+        changed = differences(meta["identity"], self._identity)
         if changed:
             raise UserError(
                 f"the checkpoint in {self._directory} was trained with another config ({'; '.join(changed)}); "
@@ -153,6 +162,8 @@ class Checkpoints:
         for newer in [s for s in self._manager.all_steps() if s > step]:
             if jax.process_index() == 0:
                 shutil.rmtree(self._directory / str(newer), ignore_errors=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are gone")
         self._manager.reload()
 
     def close(self) -> None:

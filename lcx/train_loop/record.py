@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -18,11 +19,25 @@ from lcx.train_loop.state import ModelPlan
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "jax-triton", "numpy", "libtpu")
 
 
+def strict(value: Any) -> Any:
+    """The value with every number that JSON cannot write (NaN, infinities) as None."""
+    if isinstance(value, dict):
+        return {name: strict(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON beside the file and renames it, so that a reader never sees half of it."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+    beside.write_text(json.dumps(strict(value), indent=2, sort_keys=True, default=str, allow_nan=False) + "\n")
     os.replace(beside, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What the file holds; None when there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def versions() -> dict[str, str]:

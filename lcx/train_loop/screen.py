@@ -1,6 +1,7 @@
 """What a person sees: the run at the top, progress with a time to go, the final table. Plain lines where there is no terminal."""
 
 import math
+import pathlib
 import time
 from typing import Any
 
@@ -73,7 +74,7 @@ class Screen:
             "devices": f"{record['device']['count']} x {record['device']['kind']}, mesh "
             + " x ".join(f"{axis} {size}" for axis, size in record["mesh"]["sizes"].items()),
             "operations": ", ".join(f"{op}: {' + '.join(w)}" for op, w in winners(record["implementations"]).items()),
-            "memory": f"{gib(sum(record['compiled_step_bytes'].values()))} a device in the compiled step",
+            "memory": f"{gib(record['compiled_step_bytes']['peak'])} a device in the compiled step",
             "files": workdir,
         }
         for name, value in rows.items():
@@ -118,7 +119,7 @@ class Screen:
             self._progress.stop()
             self._progress = None
 
-    def closing(self, experiment: Experiment, summary: dict[str, Any]) -> None:
+    def closing(self, experiment: Experiment, summary: dict[str, Any], workdir: pathlib.Path) -> None:
         """The final table: what came out, where it lies, what to try next."""
         table = _table("result")
         table.add_row("steps", f"{summary['step']}" + (f" ({summary['skipped']} skipped)" if summary["skipped"] else ""))
@@ -135,13 +136,25 @@ class Screen:
         for name in ("device", "host"):
             if f"{name}_peak_bytes" in summary:
                 table.add_row(f"{name} memory", f"{gib(summary[f'{name}_peak_bytes'])} at most")
-        for name, path in summary["files"].items():
-            table.add_row(name, path)
+        for name in ("metrics.jsonl", "run.json", "summary.json", "checkpoints"):
+            table.add_row(name, str(workdir / name))
         self.console.print(table)
-        if experiment.scale == "rehearsal":
-            self.say("Next: the same command on an accelerator runs the real experiment; here, try --config.sequence.length=4096")
+        if summary["ending"] == "diverged":
+            self.say(
+                f"DIVERGED: {experiment.train.max_bad_steps} steps in a row had a non-finite loss or gradient and were skipped; "
+                f"the parameters are those after the last good step. Try a lower optimizer.learning_rate in another --workdir."
+            )
+        elif experiment.scale == "rehearsal":
+            self.say(
+                f"Next: the real experiment, with the same command on accelerators; or here, longer: {again('sequence.length=4096')}"
+            )
         else:
-            self.say("Next: change a field with --config.<field>=VALUE, e.g. --config.optimizer.learning_rate=1e-3")
+            self.say(f"Next: change a field, e.g. {again('optimizer.learning_rate=1e-3')}")
+
+
+def again(change: str) -> str:
+    """The arguments for another run with one field changed, in a workdir of its own."""
+    return f"--config.{change} --workdir runs/another"
 
 
 def winners(implementations: dict[str, Any]) -> dict[str, list[str]]:

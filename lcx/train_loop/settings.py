@@ -11,8 +11,9 @@ class SequenceConfig:
 
     Attributes:
       length: tokens in one sequence.
-      layout: order of the tokens over the `seq` axis: auto, contiguous, zigzag or striped. auto takes what the mixers balance
-        best with: zigzag where every mixer accepts it and the sequence is sharded, contiguous otherwise.
+      layout: order of the tokens over the `seq` axis: auto, contiguous, zigzag or striped. auto takes contiguous on one shard,
+        else the layout that the mixers of most entries of the pattern put first in their `caps`; contiguous where several tie
+        with it.
     """
 
     length: int = 1024

@@ -93,6 +93,14 @@ def state_shardings(optimizer: optax.GradientTransformation, plan: ModelPlan, me
     return TrainState(params=params, optimizer=placed, step=whole, skipped=whole, bad_in_row=whole)
 
 
+def abstract_state(optimizer: optax.GradientTransformation, plan: ModelPlan, mesh: Mesh) -> TrainState:
+    """Shapes and places of a state that does not exist, to compile for."""
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(plan.shapes, jax.eval_shape(optimizer.init, plan.shapes), counter, counter, counter)
+    place = lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+    return jax.tree.map(place, shapes, state_shardings(optimizer, plan, mesh))
+
+
 def init_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """The state before step 0."""
     make = lambda params: TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0))

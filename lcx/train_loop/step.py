@@ -15,7 +15,7 @@ from lcx.context import SequenceContext
 from lcx.experiment import Experiment
 from lcx.parallel import layouts
 from lcx.train_loop import optimizer as optimizers
-from lcx.train_loop.state import ModelPlan, TrainState
+from lcx.train_loop.state import ModelPlan, TrainState, state_shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -28,8 +28,7 @@ def in_stream_layout(batch: Batch, experiment: Experiment, mesh: Mesh) -> Batch:
 
 def context(batch: Batch, experiment: Experiment, mesh: Mesh) -> SequenceContext:
     """The context of a batch that stands in the stream's layout."""
-    segments_BS = batch["segments_BS"] if "segments_BS" in batch else None
-    return SequenceContext(batch["positions_BS"], segments_BS, experiment.layout, mesh)
+    return SequenceContext(batch["positions_BS"], batch["segments_BS"], experiment.layout, mesh)
 
 
 def parts(batch: Batch, count: int, rows: int) -> Batch:
@@ -57,24 +56,24 @@ def make_train_step(
         total, weight = model.loss(batch["tokens_BS"], batch["labels_BS"], batch["weights_BS"], ctx, objective=experiment.loss)
         layers = [(kind, len(range(i, plan.sizes.L, len(experiment.pattern)))) for i, kind in enumerate(experiment.pattern)]
         flops = sum(count * kind.mixer.score_flops(kind.mixer_config, plan.sizes, ctx) for kind, count in layers)
-        return total, (weight, flops)
+        return total, (weight, flops, jnp.sum(batch["segments_BS"] > 0))
 
     grad_of = jax.value_and_grad(sum_loss, has_aux=True)
 
     def gradients(params, batch):
         if count == 1:
-            (total, (weight, flops)), grads = grad_of(params, batch)
-            return total, weight, flops, grads
+            (total, (weight, flops, tokens)), grads = grad_of(params, batch)
+            return total, weight, flops, tokens, grads
 
         def add(carry, part):
-            (total, (weight, flops)), grads = grad_of(params, part)
-            return jax.tree.map(jnp.add, carry, (total, weight, flops, grads)), None
+            (total, (weight, flops, tokens)), grads = grad_of(params, part)
+            return jax.tree.map(jnp.add, carry, (total, weight, flops, tokens, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
         return lax.scan(add, zeros, parts(batch, count, rows))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        total, weight, flops, grads = gradients(state.params, batch)
+        total, weight, flops, tokens, grads = gradients(state.params, batch)
         scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         loss, norm = total * scale, optax.tree.norm(grads)
@@ -94,15 +93,30 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            # The optimizer's own count, which a skipped step does not move.
+            "learning_rate": jnp.asarray(rate(state.step - state.skipped), jnp.float32),
             "weight": weight,
             "score_flops": flops,
+            "tokens": tokens,
             "skipped": new.skipped,
             "bad_in_row": new.bad_in_row,
         }
         return new, metrics
 
     return step
+
+
+def compile_train_step(
+    experiment: Experiment, plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState, batch: Batch
+) -> jax.stages.Compiled:
+    """The compiled step, which takes over the memory of the state it is given. Call under `jax.set_mesh(mesh)`.
+
+    Args:
+      state, batch: arrays, or ShapeDtypeStructs with their shardings.
+    """
+    places = state_shardings(optimizer, plan, mesh)
+    step = make_train_step(experiment, plan, optimizer, mesh)
+    return jax.jit(step, out_shardings=(places, None), donate_argnums=0).lower(state, batch).compile()
 
 
 def position_bands(length: int, count: int) -> list[tuple[int, int]]:

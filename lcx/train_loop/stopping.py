@@ -16,10 +16,10 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        # With several processes JAX's coordinator watches for SIGTERM, and Ctrl-C interrupts at once.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
-                if jax.process_count() == 1 or number == signal.SIGINT:
-                    self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_):

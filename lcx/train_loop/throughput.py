@@ -42,11 +42,12 @@ class Throughput:
 
     def start(self) -> None:
         """Starts the clock; whatever came before (compilation, evaluation) does not count."""
-        self._since, self._steps, self._score_flops = time.perf_counter(), 0, 0.0
+        self._since, self._steps, self._tokens, self._score_flops = time.perf_counter(), 0, 0.0, 0.0
 
-    def add(self, score_flops: float) -> None:
-        """One finished step and the forward FLOPs of its attention scores."""
+    def add(self, tokens: float, score_flops: float) -> None:
+        """One finished step: its tokens, padding not counted, and the forward FLOPs of its attention scores."""
         self._steps += 1
+        self._tokens += tokens
         self._score_flops += score_flops
 
     def line(self) -> dict[str, float]:
@@ -54,7 +55,7 @@ class Throughput:
         if not self._steps:
             return {}
         seconds = time.perf_counter() - self._since
-        tokens = self._steps * self.experiment.train.batch * self.experiment.sequence.length
+        tokens = self._tokens
         found = {"tokens_per_second": tokens / seconds, "step_seconds": seconds / self._steps}
         if self._peak:
             remat = self.experiment.block.remat

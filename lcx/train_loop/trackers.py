@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import netrc
 import os
 import pathlib
@@ -10,6 +9,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from lcx.train_loop.record import strict
 from lcx.train_loop.settings import TrackConfig
 
 logger = logging.getLogger("lcx")
@@ -44,8 +44,7 @@ class Jsonl:
 
     def log(self, step, metrics):
         """Appends a line; JSON has no NaN, so a figure that is not finite becomes null."""
-        strict = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
-        self._file.write(json.dumps({"step": step} | strict) + "\n")
+        self._file.write(json.dumps(strict({"step": step} | metrics), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self):

@@ -46,17 +46,8 @@ def apply(name: str, shards: int = 1, layout: str = "contiguous", packed: bool =
         y_BSD = nnx.merge(graph, params)(with_layout(x_BSD, "contiguous", layout), ctx.in_layout(layout))
         return with_layout(y_BSD, layout, "contiguous")
 
-    def in_mesh(fn):
-        compiled = jax.jit(fn)
-
-        def call(*args):
-            with jax.set_mesh(mesh):
-                return compiled(*args)
-
-        return call
-
     weighted = lambda params, x_BSD: jnp.sum(run(params, x_BSD) * jnp.cos(jnp.arange(LENGTH, dtype=jnp.float32))[None, :, None])
-    return in_mesh(run), in_mesh(jax.grad(weighted, argnums=(0, 1))), params
+    return jax.jit(run), jax.jit(jax.grad(weighted, argnums=(0, 1))), params
 
 
 @functools.cache
