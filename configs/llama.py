@@ -4,7 +4,8 @@
 
 DIR holds the safetensors and config.json of a published checkpoint; without it training starts from random weights.
 Sizes: 1b 3b 7b 8b 13b 30b 70b. Real experiment: a pod slice with 4K to 16K tokens a device (256 devices for 7b).
-Rehearsal (a host without accelerators): the same layer plan at toy width, 20 steps, under a minute on two cores.
+Rehearsal (a host without accelerators): the same layer plan at toy width, 1,024 tokens over 8 virtual devices, 20 steps in
+about a minute on two cores; the held-out loss ends below 4.0 nats per byte (from 5.5, an even guess).
 """
 
 from configs import base

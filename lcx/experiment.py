@@ -49,7 +49,7 @@ POSITIVE = Range(0, above=True)
 
 # Field -> its range. A field left at None is not compared.
 RANGES: dict[str, Range] = {
-    "sequence.length": Range(1, 2**30),  # positions are exact in rotary angles, and twice one fits int32
+    "sequence.length": Range(1, 2**30),  # to where rotary angles are exact
     "model.layers": Range(1),
     "model.dim": Range(1),
     "model.heads": Range(1),
@@ -265,8 +265,11 @@ def check(experiment: Experiment) -> list[str]:
     rows, shards = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"], e.mesh_sizes["seq"]
     owners = e.mesh_sizes["fsdp"] * shards
     problems = [str(registry.unknown(field, name, valid)) for field, name, valid in _names(e) if name not in valid]
-    for field, value in _ranged(e):
-        if value is not None and (wanted := RANGES[field].refuses(value)):
+    rope = next((kind.posenc_config for kind in e.pattern if kind.posenc is Rope), Rope.Config())
+    for field, valid in RANGES.items():
+        of_block, _, name = field.rpartition(".")
+        value = getattr(rope if of_block == "posencs.rope" else getattr(e, of_block), name)
+        if value is not None and (wanted := valid.refuses(value)):
             problems.append(f"{field}={value} must be {wanted}")
     if e.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         problems.append("track.tensorboard=True needs the extra: pip install 'lcx[tensorboard]'")
@@ -320,17 +323,6 @@ def _names(e: Experiment) -> list[tuple[str, str, Iterable[str]]]:
         ("track.wandb", e.track.wandb, settings.WANDB_MODES),
         *((f"require.{op}", name, KERNELS[op]) for op, name in e.require.items()),
     ]
-
-
-def _ranged(e: Experiment) -> list[tuple[str, float | None]]:
-    """Every field of `RANGES` that this experiment uses, and its value."""
-    ropes = [kind.posenc_config for kind in e.pattern if kind.posenc is Rope]
-    found = []
-    for field in RANGES:
-        of_block, _, name = field.rpartition(".")
-        owners = ropes[:1] if of_block == "posencs.rope" else [getattr(e, of_block)]
-        found += [(field, getattr(owner, name)) for owner in owners]
-    return found
 
 
 def _build_problems(kind: model.LayerKind, sizes: Sizes) -> list[str]:

@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import math
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -244,6 +246,22 @@ def test_a_mistake_in_a_layer_kind_names_its_field(config_file, mistake, kind, p
         (["--config.model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
         (["--config.model.layers=1", "--config.pattern=ring,full"], ["config.pattern has 2", "model.layers=1"]),
         (["--config.train.batch=3", "--config.train.accumulate=2"], ["train.batch=3", "train.accumulate=2"]),
+        (["--config.sequence.length=2_147_483_648"], ["sequence.length=2147483648", "at most 1073741824"]),
+        (["--config.optimizer.beta1=1"], ["optimizer.beta1=1.0", "at least 0 and below 1"]),
+        (["--config.optimizer.beta2=1"], ["optimizer.beta2=1.0", "at least 0 and below 1"]),
+        (["--config.loss.label_smoothing=1"], ["loss.label_smoothing=1.0", "below 1"]),
+        (["--config.model.norm_eps=0"], ["model.norm_eps=0.0", "above 0"]),
+        (["--config.posencs.rope.theta=0"], ["posencs.rope.theta=0.0", "above 0"]),
+        (["--config.posencs.rope.theta=-1"], ["posencs.rope.theta=-1.0", "above 0"]),
+        (["--config.optimizer.learning_rate=0"], ["optimizer.learning_rate=0.0", "above 0"]),
+        (["--config.optimizer.learning_rate=1e999"], ["optimizer.learning_rate=inf", "above 0 and finite"]),
+        (["--config.optimizer.eps=1e999"], ["optimizer.eps=inf", "at least 0 and finite"]),
+        (["--config.model.logit_softcap=0"], ["model.logit_softcap=0.0", "above 0"]),
+        (["--config.model.heads=0"], ["model.heads=0", "at least 1"]),
+        (
+            ["--config.mixers.ring.implementation=chunkd"],
+            ["implementation='chunkd'", "did you mean 'chunked'", "auto, reference"],
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_names_field_value_and_choices(config_file, mistake, arguments, parts):
@@ -266,6 +284,19 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_field_value_and_ch
         (["mesh.seq=2", "pattern=blockwise"], ["mixer 'blockwise'", "mesh.seq=1", "'ring'"]),
         (["pattern=full", "sequence.length=16385"], ["'full'", "16384", "sequence.length=16385", "'ring'"]),
         (["block.fuse_attention=True"], ["block.fuse_attention=True", "'ring'", "'blockwise'"]),
+        (
+            ["mesh.seq=8", "pattern=ulysses"],
+            ["layer 'ulysses'", "model.heads=4", "mesh.seq=8", "groups that can: 1, 2, 4", "'ring'"],
+        ),
+        (["mesh.seq=4", "mesh.tensor=2", "pattern=ulysses"], ["model.heads=4", "mesh.tensor=2", "groups that can: 1, 2)"]),
+        (
+            ["mesh.seq=8", "pattern=ulysses_ring", "mixers.ulysses_ring.ulysses_degree=3"],
+            ["ulysses_degree=3", "mesh.seq=8", "groups that can: 1, 2, 4"],
+        ),
+        (
+            ["mesh.seq=8", "pattern=ulysses_ring", "mixers.ulysses_ring.ulysses_degree=8"],
+            ["ulysses_degree=8", "model.heads=4", "groups that can: 1, 2, 4"],
+        ),
     ],
 )
 def test_what_does_not_fit_the_mesh_or_the_mixer_is_one_line(config_file, mistake, arguments, parts):
@@ -389,6 +420,30 @@ def test_every_committed_config_loads_at_full_scale_and_in_rehearsal(path, monke
     if full.full_length >= 2**17:
         assert auto.scale == "rehearsal" and auto.sequence.length < 2**15
         assert [kind.name for kind in auto.pattern] == [kind.name for kind in full.pattern]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["bpt_256k", "mst_1m", "ring_1m", "tiny"])
+def test_an_experiment_that_needs_no_pod_loads_on_one_host(name, devices):
+    full = experiment.load(f"{ROOT}/configs/{name}.py", {"scale": "full"}, devices=devices)
+    assert math.prod(full.mesh_sizes.values()) == devices
+
+
+def test_the_example_of_the_readme_loads(tmp_path):
+    section = (ROOT / "README.md").read_text().partition("## Your own experiment")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    file = tmp_path / "my_hybrid.py"
+    file.write_text(example)
+    loaded = experiment.load(str(file), {}, devices=8)
+    assert loaded.mesh_sizes == dict(data=1, fsdp=2, seq=1, tensor=4)
+    assert [kind.name for kind in loaded.pattern] == ["local", "local", "local", "ring"]
+    assert loaded.pattern[0].mixer_config.window == (4095, 0)
+
+
+def test_auto_layout_is_what_most_entries_of_the_pattern_like_best(config_file):
+    layout = lambda **options: experiment.load(config_file(), {n.replace("__", "."): v for n, v in options.items()}).layout
+    assert layout(mesh__seq="1", pattern="ring") == "contiguous"
+    assert layout(mesh__seq="4", pattern="ring") == "zigzag"
 
 
 PUBLISHED = {

@@ -46,9 +46,10 @@ def check_fits(needed: dict[str, int], device: jax.Device, experiment: Experimen
     """
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     if limit and needed["peak"] > limit:
+        need, have = (f"{count / 2**30:.1f}" for count in (needed["peak"], limit))
         raise UserError(
-            f"sequence.length={experiment.sequence.length} needs {needed['peak'] / 2**30:.1f} GiB on each {device.device_kind} and "
-            f"it has {limit / 2**30:.1f}; use more devices (mesh.seq), a shorter sequence, or --config.scale=rehearsal"
+            f"sequence.length={experiment.sequence.length} needs {need} GiB on each {device.device_kind} and it has {have}; "
+            "use more devices (mesh.seq), a shorter sequence, or --config.scale=rehearsal"
         )
 
 

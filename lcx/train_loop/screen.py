@@ -145,9 +145,8 @@ class Screen:
                 f"the parameters are those after the last good step. Try a lower optimizer.learning_rate in another --workdir."
             )
         elif experiment.scale == "rehearsal":
-            self.say(
-                f"Next: the real experiment, with the same command on accelerators; or here, longer: {again('sequence.length=4096')}"
-            )
+            longer = again("sequence.length=4096")
+            self.say(f"Next: the same command on accelerators runs the real experiment; here, longer: {longer}")
         else:
             self.say(f"Next: change a field, e.g. {again('optimizer.learning_rate=1e-3')}")
 

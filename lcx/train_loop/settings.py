@@ -12,8 +12,8 @@ class SequenceConfig:
     Attributes:
       length: tokens in one sequence.
       layout: order of the tokens over the `seq` axis: auto, contiguous, zigzag or striped. auto takes contiguous on one shard,
-        else the layout that the mixers of most entries of the pattern put first in their `caps`; contiguous where several tie
-        with it.
+        else what the mixers of most entries of the pattern put first in `caps.layouts`; a draw goes to contiguous, then to
+        zigzag.
     """
 
     length: int = 1024
