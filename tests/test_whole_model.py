@@ -169,3 +169,21 @@ def test_a_leaked_document_would_be_seen():
     assert abs(value / expected - 1) > 1e-5
     query = lambda g: g["stacks"][0]["mixer"]["query_DHK"]
     assert rms_ratio(query(grads), query(expected_grads)) > 100 * GRADIENTS["float32"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(pattern=("blockwise",)),
+        dict(pattern=("ring",), mesh__seq=8),
+        dict(pattern=("ring",), mesh__fsdp=2, mesh__seq=2, mesh__tensor=2),
+        dict(pattern=("blockwise",), block__token_chunk=16, block__fuse_attention=True),
+    ],
+    ids=["one-device", "seq8", "fsdp2-seq2-tensor2", "fused"],
+)
+def test_bfloat16_stays_near_the_fp32_truth_on_every_mesh(fields):
+    """Activations round to eight bits; what is summed over chunks and devices does not, so no mesh is worse than one device."""
+    value, grads = loss_and_gradients(True, model__dtype="bfloat16", **fields)
+    expected, expected_grads = truth(True)
+    assert_close(value, expected, name="loss", dtype="bfloat16")
+    assert_trees_close(grads, expected_grads, gradient=True, dtype="bfloat16")
