@@ -1,4 +1,4 @@
-"""Ring Attention on sequences of 1,048,576 tokens: a 1.2B model with every device on the sequence.
+"""Ring Attention on sequences of 1,048,576 tokens: a 1.0B model with every device on the sequence.
 
     python -m lcx.train --config configs/ring_1m.py
 

@@ -1,4 +1,8 @@
-"""Logits and every parameter gradient equal Hugging Face's LlamaForCausalLM (fixtures: tests/fixtures/make_llama.py)."""
+"""Logits and every parameter gradient equal Hugging Face's LlamaForCausalLM (fixtures: tests/fixtures/make_llama.py).
+
+Logits and loss within 2e-6. Gradients within the table's 5e-6: the largest measured is 2.1e-6 (a key
+projection; why it is larger than the rest has not been looked into).
+"""
 
 import json
 import pathlib

@@ -39,7 +39,7 @@ def evaluate(step: Callable[[Any, Batch], dict], params: Any, batches: Iterable[
         for (start, stop), total, weight in zip(bands, totals["band_loss"], totals["band_weight"], strict=True)
         if weight
     ]
-    if totals.get("answer_rows", None):
+    if "answer_rows" in totals and totals["answer_rows"]:
         found["exact_match"] = float(totals["exact_rows"] / totals["answer_rows"])
         found["token_accuracy"] = float(totals["right_tokens"] / totals["answer_tokens"])
     return found
