@@ -7,24 +7,17 @@ Rehearsal (a host without accelerators): 4,096 tokens on one virtual device, two
 loss ends below 3.0 nats per byte.
 """
 
-from configs import base
+from configs import one_billion
 
 
 def get_config():
     """262,144 tokens a sequence, whole on every device."""
-    config = base.get_config()
+    config = one_billion.get_config()
     config.name = "bpt_256k"
     config.pattern = ("blockwise",)
     config.mesh.update(seq=1, tensor=-1)
     config.sequence.length = 262_144
-    config.model.update(layers=16, dim=2048, heads=16, kv_heads=8, head_dim=128)
-    config.ffns.gated.width = 8192
     config.block.update(token_chunk=2048, fuse_attention=True)
-    config.data.packing = "stream"
-    config.train.update(steps=10_000, batch=1)
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
-    config.checkpoint.every = 500
-    config.evaluate.update(every=500, batches=4)
     with config.unlocked():
         config.rehearsal = {
             "mesh": {"tensor": 1},

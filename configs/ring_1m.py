@@ -7,22 +7,15 @@ Rehearsal (a host without accelerators): 2,048 tokens over 8 virtual devices, ab
 loss ends below 3.0 nats per byte (byte frequencies alone give 3.15).
 """
 
-from configs import base
+from configs import one_billion
 
 
 def get_config():
     """1,048,576 tokens a sequence."""
-    config = base.get_config()
+    config = one_billion.get_config()
     config.name = "ring_1m"
     config.pattern = ("ring",)
     config.sequence.length = 1_048_576
-    config.model.update(layers=16, dim=2048, heads=16, kv_heads=8, head_dim=128)
-    config.ffns.gated.width = 8192
-    config.data.packing = "stream"
-    config.train.update(steps=10_000, batch=1)
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
-    config.checkpoint.every = 500
-    config.evaluate.update(every=500, batches=4)
     with config.unlocked():
         config.rehearsal = {
             "sequence": {"length": 2048},

@@ -22,6 +22,7 @@ from lcx.ops.norm import rms_norm
 from lcx.ops.types import contiguous
 from lcx.parallel import layouts
 from lcx.sharding import tokenwise
+from lcx.wide_gradient import joined, widen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Config:
       token_chunk: tokens of one device that go through the feed-forward at a time; 0 takes all at once. Matrix units
         saturate at 8K tokens; more only costs memory.
       fuse_attention: the attention of a chunk runs in the same loop as its feed-forward.
-      remat: what a layer keeps for the backward pass: attention, minimal or none.
+      remat: what a layer keeps for the backward pass: attention, minimal, none, or auto for attention where the step fits and
+        minimal where it does not.
     """
 
     token_chunk: int = 8192
     fuse_attention: bool = False
-    remat: str = "attention"
+    remat: str = "auto"
 
 
 def token_loop(body: Callable, tokens: Any, *, chunk: int, policy: Callable) -> jax.Array:
@@ -106,7 +108,10 @@ class Block(nnx.Module):
             tokens["segments"] = ctx.segments_BS
 
         def layer(w, tokens, memory):
+            values, sums = widen(memory)
+
             def body(t, start):
+                memory = joined(values, sums)
                 x_BCD = t["x"]
                 chunk = TokenChunk(t["positions"], t["segments"] if "segments" in t else None, contiguous(x_BCD.shape[1], start))
                 h_BCD = rms_norm(x_BCD, w["mixer_norm_D"], self.sizes.norm_eps)

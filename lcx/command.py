@@ -58,11 +58,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def main(run: Callable[[list[str]], int | None]) -> None:
-    """Runs a command: exit 0 on success, 2 with one line on the user's mistake, 1 with a traceback on ours."""
+def status(run: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Runs a command: 0 on success, 2 after one line on the user's mistake; a failure of ours goes on as an exception."""
     try:
-        status = run(sys.argv[1:])
+        return run(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status or 0)
+        return 2
+
+
+def main(run: Callable[[list[str]], int | None]) -> None:
+    """Runs a command on this process's arguments and exits; 1 with a traceback on a failure of ours."""
+    sys.exit(status(run, sys.argv[1:]))

@@ -317,7 +317,7 @@ def _names(e: Experiment) -> list[tuple[str, str, Iterable[str]]]:
     """Every field that holds one of a fixed set of names: field, name, valid ones."""
     return [
         ("model.dtype", e.model.dtype, DTYPES),
-        ("block.remat", e.block.remat, remat.POLICIES),
+        ("block.remat", e.block.remat, remat.NAMES),
         ("optimizer.name", e.optimizer.name, optimizer.OPTIMIZERS),
         ("optimizer.schedule", e.optimizer.schedule, optimizer.SCHEDULES),
         ("track.wandb", e.track.wandb, settings.WANDB_MODES),

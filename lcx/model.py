@@ -84,7 +84,7 @@ class LossConfig:
     """The training objective.
 
     Attributes:
-      chunk: tokens of one device whose logits exist at a time; None for 8K.
+      chunk: tokens of one device whose logits exist at a time; None for 8192, or fewer with a large vocabulary.
       z_loss: weight of logsumexp^2.
       label_smoothing: share of the label spread evenly over the vocabulary.
     """

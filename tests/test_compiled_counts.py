@@ -21,8 +21,8 @@ LENGTH, WIDTH, VOCAB, CHUNK, LAYERS = 320, 112, 208, 40, 3
 
 
 @functools.cache
-def program(**overrides) -> str:
-    """The compiled text of loss and gradients, batch 1."""
+def program(loss_chunk: int = CHUNK, **overrides) -> str:
+    """The compiled text of loss and gradients, one row for each data shard."""
     fields = dict(sequence__length=LENGTH, ffns__gated__width=WIDTH, model__layers=LAYERS, block__token_chunk=CHUNK)
     e = small(**(fields | overrides))
     plan, mesh = plan_model(e, sizes_of(e, VOCAB)), make_mesh(**e.mesh_sizes)
@@ -34,7 +34,7 @@ def program(**overrides) -> str:
         ctx = SequenceContext(positions_BS, None, e.layout, mesh)
         weights_BS = jnp.ones(tokens_BS.shape)
         model = nnx.merge(plan.graph, params)
-        return model.loss(tokens_BS, tokens_BS, weights_BS, ctx, objective=LossConfig(chunk=CHUNK))[0]
+        return model.loss(tokens_BS, tokens_BS, weights_BS, ctx, objective=LossConfig(chunk=loss_chunk))[0]
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.value_and_grad(loss)).lower(plan.shapes, tokens_BS).compile().as_text()
@@ -80,17 +80,26 @@ def test_no_weight_is_gathered_inside_a_chunk_loop():
     assert depths and max(depths) == 1
 
 
-# name -> an array that must not exist; twin: options under which it does.
+# name -> (dimensions of an array that must not exist on a device of s tokens of S, options under which it does).
 FORBIDDEN = {
-    "S x S": (rf"\[(1,)?(\d,)?(\d,)?{LENGTH},{LENGTH}\]", dict(pattern=("full",))),
-    "S x F": (rf"\[(1,)?{LENGTH},{WIDTH}\]", dict(block__token_chunk=0)),
-    "S x V": (rf"\[(1,)?{LENGTH},{VOCAB}\]", None),
+    "S x S": (lambda s: (s, LENGTH), dict(pattern=("full",), mesh__seq=1)),
+    "S x F": (lambda s: (s, WIDTH), dict(block__token_chunk=0)),
+    "S x V": (lambda s: (s, VOCAB), dict(loss_chunk=LENGTH)),
 }
+MIXERS = {"blockwise": 1, "ring": 4}
 
 
+def holds(text: str, dims: tuple[int, int]) -> bool:
+    """Whether an array of the program ends in these two dimensions."""
+    return bool(re.search(rf"\[(\d+,)*{dims[0]},{dims[1]}\]", text))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_no_quadratic_or_wide_array_at_full_length(name):
-    pattern, twin = FORBIDDEN[name]
-    assert not re.search(pattern, program(pattern=("blockwise",), block__remat="attention"))
-    if twin:
-        assert re.search(pattern, program(**(dict(pattern=("blockwise",)) | twin)))
+def test_no_quadratic_or_wide_array_at_full_length(name, mixer):
+    dims, twin = FORBIDDEN[name]
+    shards = MIXERS[mixer]
+    fields = dict(pattern=(mixer,), mesh__seq=shards, block__remat="attention")
+    assert not holds(program(**fields), dims(LENGTH // shards))
+    fields |= twin
+    assert holds(program(**fields), dims(LENGTH // fields["mesh__seq"])), "the twin"

@@ -11,9 +11,10 @@ import types
 import numpy as np
 import pytest
 
+from lcx import command
 from lcx.data import DATASETS, build_source, load_source
 from lcx.data.config import DataConfig
-from lcx.data.prepare import main, prepare
+from lcx.data.prepare import prepare, run
 from lcx.data.sources import hf, text_folder, tfds, token_file
 from lcx.registry import UserError, config_fields
 
@@ -191,14 +192,14 @@ def test_processes_that_ask_at_once_prepare_once(tmp_path, folder):
 
 def test_command(tmp_path, folder, capsys):
     arguments = ["--source", "text_folder", "--cache_dir", str(tmp_path), "--option", f"path={folder}"]
-    assert main(arguments) == 0
+    assert command.status(run, arguments) == 0
     out = capsys.readouterr().out
     assert "prepared" in out and "documents   3" in out and str(tmp_path) in out
-    assert main(arguments) == 0
+    assert command.status(run, arguments) == 0
     assert "was there" in capsys.readouterr().out
     (tokens,) = tmp_path.glob("text_folder-*/tokens.bin")
     tokens.write_bytes(b"?" * tokens.stat().st_size)
-    assert main(arguments) == 2
+    assert command.status(run, arguments) == 2
     assert "does not match its checksum" in capsys.readouterr().err
 
 
@@ -217,7 +218,7 @@ def test_command(tmp_path, folder, capsys):
     ],
 )
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, arguments, match):
-    assert main(["--cache_dir", str(tmp_path), *arguments]) == 2
+    assert command.status(run, ["--cache_dir", str(tmp_path), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and match in captured.err
 

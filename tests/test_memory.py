@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from lcx.mesh import make_mesh
-from lcx.planning.memory import layer_temp_bytes
+from lcx.planning.training import layer_temp_bytes
 from tests.experiments import small
 
 VARIANTS = {

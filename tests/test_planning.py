@@ -9,8 +9,9 @@ import pytest
 
 from lcx import experiment
 from lcx.mesh import make_mesh
-from lcx.planning.memory import compile_for, compiled_bytes, train_step_memory
+from lcx.planning.memory import compiled_bytes
 from lcx.planning.topologies import closed_walk, topology_mesh
+from lcx.planning.training import compile_for, train_step_memory
 from lcx.registry import UserError
 from lcx.train_loop.loop import Run
 from tests.experiments import small

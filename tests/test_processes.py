@@ -1,5 +1,6 @@
 """The command as a process: killed, asked to stop, continued, and spread over two processes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -41,10 +42,13 @@ def start(tmp_path_factory):
     data = {"data.source": "text_folder", "datasets.text_folder.path": corpus, "data.held_out_fraction": 0.2}
     data["data.cache_dir"] = folder / "cache"
 
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    compiles = {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+
     def run(name, devices=4, **environment):
         command = [sys.executable, "-m", "lcx.train", "--config", "configs/tiny.py", "--workdir", str(folder / name)]
         command += [f"--config.{field}={value}" for field, value in (SMALL | data).items()]
-        own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+        own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | compiles
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | own | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -82,6 +86,23 @@ def wait_for_step(process, step):
     pytest.fail(f"step {step} was never logged:\n{process.communicate(timeout=10)[0] if process.poll() is not None else ''}")
 
 
+def kill_in_a_save(process):
+    """Kills a run while it writes a checkpoint: the directory does not have its final name yet."""
+    began, folder = time.time(), process.workdir / "checkpoints"
+    while time.time() < began + 200 and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # renamed while we look
+            if any(not save.name.isdigit() and save.stat().st_mtime > began for save in folder.iterdir()):
+                return kill(process)
+    pytest.fail("no checkpoint was ever begun")
+
+
+def kill(*processes):
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def whole(start):
     """The losses of a run that nobody interrupts."""
@@ -91,10 +112,7 @@ def whole(start):
 
 
 def test_killed_asked_to_stop_and_continued_is_bit_for_bit_the_same(start, whole):
-    killed = start("broken")
-    wait_for_step(killed, 7)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    kill_in_a_save(start("broken"))
     asked = start("broken")
     wait_for_step(asked, 14)
     asked.send_signal(signal.SIGTERM)
@@ -105,15 +123,49 @@ def test_killed_asked_to_stop_and_continued_is_bit_for_bit_the_same(start, whole
     assert losses(asked.workdir) == whole and len(whole) == STEPS
 
 
-def test_two_processes_train_as_one(start, whole):
+@pytest.mark.slow
+def test_killed_over_and_over_it_ends_bit_for_bit_the_same(start, whole):
+    """Moments drawn at random from before the first step to the end, every other one inside a save."""
+    rng = np.random.default_rng(int(time.time()))
+    for attempt in range(8):
+        process = start("often")
+        if attempt % 2:
+            kill_in_a_save(process)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=rng.uniform(2, 25))
+            kill(process)
+    process = start("often")
+    finish(process)
+    assert losses(process.workdir) == whole
+
+
+def start_two(start, name):
+    """The run over two processes, which find each other at a free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     run = {"LCX_COORDINATOR": f"localhost:{port}", "LCX_PROCESSES": "2"}
-    both = [start("two", devices=2, **run, LCX_PROCESS_ID=str(i)) for i in range(2)]
+    return [start(name, devices=2, **run, LCX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def test_two_processes_train_as_one(start, whole):
+    both = start_two(start, "two")
     for process in both:
         finish(process)
     two = losses(both[0].workdir)
     assert two.keys() == whole.keys()
     np.testing.assert_allclose([two[s] for s in range(1, 9)], [whole[s] for s in range(1, 9)], rtol=1e-4)
     assert (both[0].workdir / "checkpoints" / str(STEPS)).is_dir()
+
+
+@pytest.mark.slow
+def test_two_killed_processes_continue_bit_for_bit(start):
+    for process in (unbroken := start_two(start, "two_whole")):
+        finish(process)
+    both = start_two(start, "two_broken")
+    wait_for_step(both[0], 14)
+    kill(*both)
+    for process in (both := start_two(start, "two_broken")):
+        assert "continuing after step" in finish(process) or process is both[1]
+    assert losses(both[0].workdir) == losses(unbroken[0].workdir)

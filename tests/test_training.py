@@ -1,5 +1,6 @@
 """The training run: exact continuation, damaged checkpoints, bad steps, accumulation, what a run leaves behind."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ from flax import nnx
 from lcx.planning import memory
 from lcx.pretrained import load_params
 from lcx.registry import UserError
-from lcx.train_loop import checkpoint, loop, step
+from lcx.train_loop import checkpoint, fitting, loop, record, step
 from lcx.train_loop.identity import identity
 from lcx.train_loop.workdir import claim
 from tests.experiments import small
@@ -52,6 +53,29 @@ def run_of(corpus, tmp_path):
         return loop.Run(small(**(fields | overrides), **extra), tmp_path / name)
 
     return make
+
+
+PROGRAMS = {}
+
+
+@pytest.fixture(autouse=True)
+def shared_programs(monkeypatch):
+    """Runs of the same config share their compiled steps; test_processes.py compiles anew in every process."""
+
+    def share(module, name):
+        compile_step = getattr(module, name)
+
+        def shared(experiment, *args):
+            config = experiment.resolved | dict(seed=0)  # the step is given its parameters
+            key = (name, experiment.block.remat, json.dumps(config, sort_keys=True))
+            if key not in PROGRAMS:
+                PROGRAMS[key] = compile_step(experiment, *args)
+            return PROGRAMS[key]
+
+        monkeypatch.setattr(module, name, shared)
+
+    share(fitting, "compile_train_step")
+    share(loop, "compile_eval_step")
 
 
 def logged(workdir: pathlib.Path, key="loss"):
@@ -268,10 +292,35 @@ def test_no_held_out_data_is_an_error_before_the_first_step(run_of):
     assert not (run_of().workdir / "metrics.jsonl").exists()
 
 
-def test_a_step_that_does_not_fit_is_one_line_with_the_figures(run_of):
-    device = type("Device", (), dict(memory_stats=lambda self: dict(bytes_limit=2**30), device_kind="Small"))()
-    with pytest.raises(UserError, match=r"sequence.length=32 needs 2.0 GiB on each Small and it has 1.0"):
-        memory.check_fits({"peak": 2**31}, device, run_of().experiment)
+def test_a_step_that_does_not_fit_is_one_line_with_the_figures(run_of, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "memory_stats", lambda device: dict(bytes_limit=2**10))
+    with pytest.raises(UserError, match=r"sequence.length=32 with block.remat=minimal needs 0.0 GiB on each cpu and it has 0.0"):
+        run_of().train()
+    assert "compiling it again with block.remat=minimal" in capsys.readouterr().out
+    assert not (run_of().workdir / "run.json").exists()
+
+
+@pytest.mark.parametrize("keep,compiles", [("auto", ["attention", "minimal"]), ("attention", ["attention"])])
+def test_auto_remat_keeps_less_where_more_does_not_fit(run_of, monkeypatch, keep, compiles):
+    """The first program is said not to fit; a named policy is not replaced by another."""
+    tried, real = [], fitting.compile_train_step
+
+    def compile_step(experiment, *args):
+        tried.append(experiment.block.remat)
+        if len(tried) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 20.1G of 15.7G hbm.")
+        return real(experiment, *args)
+
+    monkeypatch.setattr(fitting, "compile_train_step", compile_step)
+    run = run_of(block__remat=keep)
+    with contextlib.nullcontext() if keep == "auto" else pytest.raises(UserError, match="needs 20.1G of hbm .* it has 15.7G"):
+        run.train()
+        assert record.read_json(run.workdir / "run.json")["remat"] == "minimal"
+    assert tried == compiles
+
+
+def test_a_compiler_failure_that_is_not_about_memory_is_ours():
+    assert fitting.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed")) is None
 
 
 def test_the_logged_learning_rate_is_the_one_applied_after_a_skipped_step(run_of):

@@ -24,7 +24,7 @@ def measure(lengths) -> dict[str, dict[int, int]]:
     """variant -> length -> temporary bytes; vanilla stops at 16,384 tokens, where its scores alone take 4 GiB."""
     from lcx import config, experiment
     from lcx.mesh import make_mesh
-    from lcx.planning.memory import layer_temp_bytes
+    from lcx.planning.training import layer_temp_bytes
 
     mesh, found = make_mesh(), {}
     for variant, fields in VARIANTS.items():

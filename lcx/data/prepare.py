@@ -1,6 +1,5 @@
 """Prepares a token store: `python -m lcx.data.prepare --source stdlib_text --cache_dir data`."""
 
-import argparse
 import ast
 import contextlib
 import fcntl
@@ -9,14 +8,14 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import xxhash
 
+from lcx import command
 from lcx.data import build_source, load_source, tokenizers
 from lcx.data.config import DataConfig
 from lcx.data.sources import Source
@@ -101,11 +100,6 @@ def _make(directory: pathlib.Path, source: Source, tokenizer: tokenizers.Tokeniz
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def _options(config_class: type, assignments: list[str], source: str) -> Any:
     """`key=value` strings -> a `Config`, values read as the type of the field's default."""
     defaults = config_fields(config_class)
@@ -132,9 +126,10 @@ def _options(config_class: type, assignments: list[str], source: str) -> Any:
     return config_class(**values)
 
 
-def _run(argv: list[str] | None) -> None:
+def run(argv: list[str]) -> None:
+    """The command."""
     defaults = config_fields(DataConfig)
-    parser = _Parser(prog="python -m lcx.data.prepare", description="Prepares a token store.", allow_abbrev=False)
+    parser = command.Parser(prog="python -m lcx.data.prepare", description="Prepares a token store.", allow_abbrev=False)
     for name, text in {
         "source": "stdlib_text, text_folder, token_file, tfds:<name>, hf:<name>",
         "tokenizer": "bytes, ids, the path of a tokenizer.json or of a SentencePiece .model",
@@ -175,15 +170,5 @@ def _report(store: TokenStore, state: str, seconds: float) -> None:
     Console(soft_wrap=True, highlight=False).print(table)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line `error: ...` for a mistake of the user."""
-    try:
-        _run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    command.main(run)

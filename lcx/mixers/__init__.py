@@ -19,22 +19,18 @@ MIXERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Caps:
-    """What a mixer can do; the contract tests check each claim and that everything else raises.
+    """What a mixer can do beyond what every one does: a causal form, and documents of one row that stay separate.
+
+    The contract tests check each claim and that everything else raises.
 
     Attributes:
-      causal: a causal form exists.
       bidirectional: a form that sees the future exists.
-      packed: documents in one row stay separate.
       sharded: the sequence may be spread over devices.
       layouts: token orders it accepts, the one that balances its work first.
       fused: has `prepare` and `attend`.
-      decode: has `init_cache` and `decode`.
     """
 
-    causal: bool = True
     bidirectional: bool = False
-    packed: bool = True
     sharded: bool = True
     layouts: tuple[str, ...] = ("contiguous",)
     fused: bool = False
-    decode: bool = False

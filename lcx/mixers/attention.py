@@ -220,11 +220,11 @@ class Blockwise(OneShard):
     caps = Caps(bidirectional=True, sharded=False, fused=True)
 
     def prepare(self, x_BSD: jax.Array, ctx: SequenceContext) -> dict[str, jax.Array]:
-        """Keys and values of all tokens, in fp32 so that their gradient adds up over query chunks without rounding."""
+        """Keys and values of all tokens, and their documents."""
         k_BTGK, v_BTGK = tokenwise(
             self._key_value, self._key_value_weights(), x_BSD, ctx.positions_BS, mesh=ctx.mesh, dtype=x_BSD.dtype
         )
-        memory = {"k_BTGK": k_BTGK.astype(jnp.float32), "v_BTGK": v_BTGK.astype(jnp.float32)}
+        memory = {"k_BTGK": k_BTGK, "v_BTGK": v_BTGK}
         return memory if ctx.segments_BS is None else memory | {"segments_BT": ctx.segments_BS}
 
     def attend_weights(self) -> dict[str, nnx.Param]:
@@ -234,11 +234,10 @@ class Blockwise(OneShard):
 
     def attend(self, w: dict[str, jax.Array], x_BCD: jax.Array, memory: dict[str, jax.Array], chunk: TokenChunk) -> jax.Array:
         """y_BCD of one chunk of queries against every key."""
-        dtype = x_BCD.dtype
         o_BCHK = attention(
             self._query(w, x_BCD, chunk.positions_BC),
-            memory["k_BTGK"].astype(dtype),
-            memory["v_BTGK"].astype(dtype),
+            memory["k_BTGK"],
+            memory["v_BTGK"],
             mask=self.mask,
             order_q=chunk.order,
             segments_q_BS=chunk.segments_BC,

@@ -15,8 +15,16 @@ from jax import lax
 
 from lcx.ops.linear_cross_entropy import LossSpec
 
-# Tokens that keep a matrix unit busy against reading w and adding to dw, which every chunk does once, whatever S and D.
-CHUNK = 8192
+# Tokens that keep a matrix unit busy against reading w and adding to dw, which every chunk does once, whatever S and D; 1024
+# still do. Between the two the logits of a chunk are kept to a gigabyte.
+CHUNKS = (1024, 8192)
+LOGIT_BYTES = 2**30
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Tokens in a chunk when nothing is asked for; `vocabulary` is this device's part of it."""
+    least, most = CHUNKS
+    return min(max(LOGIT_BYTES // (4 * vocabulary) // 128 * 128, least), most)
 
 
 def refuse(spec, shapes, dtypes, device_kind):
@@ -79,10 +87,10 @@ def _gradient(x_CD, w_DV, found: Statistics, loss_C, nll_C, spec: LossSpec) -> t
     return dot(d, w_DV, ((1,), (1,))), dot(x_CD, d, ((0,), (0,)))
 
 
-def _over_chunks(body, carry, tokens, spec: LossSpec):
+def _over_chunks(body, carry, tokens, w_DV, spec: LossSpec):
     """Scans `body(carry, chunk)` over chunks of (arrays B S ..., fill 0), and puts the results B S ... together again."""
     B, S = tokens[0].shape[:2]
-    n = -(-B * S // (spec.chunk or CHUNK))
+    n = -(-B * S // (spec.chunk or default_chunk(w_DV.shape[1])))
     C = -(-B * S // n)
 
     def split(x):
@@ -114,7 +122,7 @@ def _total(spec, x_BSD, w_DV, labels_BS, weights_BS):
         x_CD, labels_C, weights_C = chunk
         return total + (weights_C * _statistics(x_CD, w, labels_C, weights_C, spec).loss_C).sum(), None
 
-    return _over_chunks(body, jnp.float32(0), (x_BSD, labels_BS, weights_BS), spec)[0]
+    return _over_chunks(body, jnp.float32(0), (x_BSD, labels_BS, weights_BS), w, spec)[0]
 
 
 def _total_forward(spec, x_BSD, w_DV, labels_BS, weights_BS):
@@ -128,7 +136,7 @@ def _total_forward(spec, x_BSD, w_DV, labels_BS, weights_BS):
         return (total + (weights_C * found.loss_C).sum(), dw + dw_chunk), (dx.astype(x_CD.dtype), found.loss_C)
 
     start = jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32)
-    (total, dw), (dx, loss_BS) = _over_chunks(body, start, (x_BSD, labels_BS, weights_BS), spec)
+    (total, dw), (dx, loss_BS) = _over_chunks(body, start, (x_BSD, labels_BS, weights_BS), w, spec)
     return total, (dx, dw.astype(w_DV.dtype), labels_BS, loss_BS)
 
 
@@ -158,7 +166,7 @@ def _each_forward(spec, x_BSD, w_DV, labels_BS, weights_BS):
         correct_C = _correct(found.logits_CV, labels_C, found.counts_C, spec)
         return total + (weights_C * found.loss_C).sum(), (found.nll_C, correct_C, found.loss_C)
 
-    total, (nll_BS, correct_BS, loss_BS) = _over_chunks(body, jnp.float32(0), (x_BSD, labels_BS, weights_BS), spec)
+    total, (nll_BS, correct_BS, loss_BS) = _over_chunks(body, jnp.float32(0), (x_BSD, labels_BS, weights_BS), w, spec)
     return (total, nll_BS, correct_BS), (x_BSD, w_DV, labels_BS, weights_BS, loss_BS)
 
 
@@ -174,7 +182,7 @@ def _each_backward(spec, residuals, cotangents):
         return dw + dw_chunk, dx.astype(x_CD.dtype)
 
     start = jnp.zeros(w_DV.shape, jnp.float32)
-    dw, dx = _over_chunks(body, start, (x_BSD, labels_BS, weights_BS, on_nll_BS), spec)
+    dw, dx = _over_chunks(body, start, (x_BSD, labels_BS, weights_BS, on_nll_BS), w, spec)
     return dx, dw.astype(w_DV.dtype), _no_gradient(labels_BS), loss_BS * on_total
 
 

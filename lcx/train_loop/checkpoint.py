@@ -40,17 +40,15 @@ FREE_FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a checkpoint gives back.
+class Found:
+    """A checkpoint to continue from.
 
     Attributes:
-      state: the training state, placed on the mesh of this run.
       step: its step.
       loader: state of the data iterator.
       rejected: one line for every newer checkpoint that was damaged.
     """
 
-    state: TrainState
     step: int
     loader: dict[str, Any]
     rejected: tuple[str, ...]
@@ -111,11 +109,8 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(_as_tree(state)), meta=ocp.args.JsonSave(meta))
         )
 
-    def restore(self, wanted: TrainState) -> Restored | None:
-        """The newest undamaged checkpoint, or None when there is none at all.
-
-        Args:
-          wanted: ShapeDtypeStructs of the state, with the shardings its leaves get.
+    def find(self) -> Found | None:
+        """The newest undamaged checkpoint, or None when there is none at all; every file of it has been read.
 
         Raises:
           UserError: the checkpoint belongs to another config or format, or every checkpoint is damaged.
@@ -127,9 +122,18 @@ class Checkpoints:
             return None
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         self._compare(step, meta)
+        return Found(step, meta["loader"], tuple(rejected))
+
+    def restore(self, step: int, wanted: TrainState) -> TrainState:
+        """The state of a checkpoint that `find` found; newer ones, which are damaged, are removed.
+
+        Args:
+          step: its step.
+          wanted: ShapeDtypeStructs of the state, with the shardings its leaves get.
+        """
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_tree(wanted)))).state
         self._discard_after(step)
-        return Restored(TrainState(**tree), step, meta["loader"], tuple(rejected))
+        return TrainState(**tree)
 
     def _newest_good(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as they were written, and a line for every newer one. Process 0 reads the files and

@@ -13,15 +13,15 @@ from lcx.data.loader import Loader, make_loader
 from lcx.experiment import Experiment, sizes_of
 from lcx.mesh import make_mesh
 from lcx.ops import dispatch
-from lcx.planning.memory import check_fits, compiled_bytes
 from lcx.pretrained import load_params
 from lcx.train_loop import optimizer as optimizers
 from lcx.train_loop import record, screen, trackers
-from lcx.train_loop.checkpoint import Checkpoints
+from lcx.train_loop.checkpoint import Checkpoints, Found
 from lcx.train_loop.evaluation import evaluate
+from lcx.train_loop.fitting import compile_fitting
 from lcx.train_loop.identity import identity
 from lcx.train_loop.state import TrainState, abstract_state, init_params, init_state, plan_model, state_shardings
-from lcx.train_loop.step import Batch, compile_train_step, make_eval_step
+from lcx.train_loop.step import Batch, compile_eval_step
 from lcx.train_loop.stopping import StopRequest
 from lcx.train_loop.throughput import Throughput
 from lcx.train_loop.workdir import claim
@@ -39,7 +39,6 @@ class Run:
         self.plan = plan_model(experiment, sizes_of(experiment, self.loader.vocab_size))
         self.optimizer = optimizers.build(experiment.optimizer, experiment.train.steps, self.plan.infos)
         self.shardings = state_shardings(self.optimizer, self.plan, self.mesh)
-        self.throughput = Throughput(experiment, self.plan)
         self.sinks: list[trackers.Tracker] = []
         self.last: dict[str, Any] = {}
 
@@ -60,14 +59,16 @@ class Run:
             checkpoints = Checkpoints(self.workdir / "checkpoints", e.checkpoint, identity(e))
             stack.callback(checkpoints.close)
             stack.enter_context(jax.set_mesh(self.mesh))
-            step_fn, eval_fn = self._compile(next(self.loader), next(self.held_out))
-            self.loader.reset()
-            state, first = self._state(checkpoints)
+            # Before compiling, which takes minutes: is there anything to do, and may this run go on from what is there?
+            found = checkpoints.find()
             done = record.read_json(self.workdir / "summary.json")
-            if first == e.train.steps and done:
+            if done and found and found.step == e.train.steps:
                 self.screen.say(f"this run is finished; choose another --workdir than {self.workdir} for a new one")
                 self.screen.closing(e, done, self.workdir)
                 return done
+            step_fn, eval_fn = self._compile(next(self.loader), next(self.held_out))
+            self.loader.reset()
+            state, first = self._state(checkpoints, found)
             if jax.process_index() == 0:
                 self.sinks = trackers.open_trackers(e.track, self.workdir, e.run.name, e.resolved, first)
             request = stack.enter_context(StopRequest())
@@ -83,32 +84,30 @@ class Run:
 
         Nothing is allocated before the compiler has said that it fits. run.json and the opening lines come from here.
         """
-        e = self.experiment
-        state = abstract_state(self.optimizer, self.plan, self.mesh)
-        with dispatch.recording(require=e.require) as choices:
-            step = compile_train_step(e, self.plan, self.optimizer, self.mesh, state, batch)
-            evaluation = jax.jit(make_eval_step(e, self.plan, self.mesh)).lower(state.params, held_out).compile()
-        needed = compiled_bytes(step)
-        check_fits(needed, self.mesh.local_devices[0], e)
-        written = record.run_record(e, self.plan, self.mesh, choices.as_dict(), needed)
+        with dispatch.recording(require=self.experiment.require) as choices:
+            fitted = compile_fitting(self.experiment, self.plan.sizes, self.optimizer, self.mesh, batch, say=self.screen.say)
+            e, self.experiment, self.plan = fitted.experiment, fitted.experiment, fitted.plan
+            params = abstract_state(self.optimizer, self.plan, self.mesh).params
+            evaluation = compile_eval_step(e, self.plan, self.mesh, params, held_out)
+        self.throughput = Throughput(e, self.plan)
+        written = record.run_record(e, self.plan, self.mesh, choices.as_dict(), fitted.bytes)
         if jax.process_index() == 0:
             record.write_json(self.workdir / "config.json", e.resolved)
             record.write_json(self.workdir / "run.json", written)
         self.screen.opening(e, written, str(self.workdir))
-        return step, evaluation
+        return fitted.step, evaluation
 
-    def _state(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-        """The newest good checkpoint's state and step, or a fresh state and 0."""
-        restored = checkpoints.restore(abstract_state(self.optimizer, self.plan, self.mesh))
-        if restored is None:
+    def _state(self, checkpoints: Checkpoints, found: Found | None) -> tuple[TrainState, int]:
+        """The state and step to start from: those of the checkpoint that was found, or a fresh state and 0."""
+        if found is None:
             e, plan, mesh = self.experiment, self.plan, self.mesh
             params = load_params(e.train.init_from, e, plan, mesh) if e.train.init_from else init_params(e, plan, mesh)
             return init_state(params, self.optimizer, self.shardings), 0
-        for line in restored.rejected:
+        for line in found.rejected:
             self.screen.say(f"warning: passed over a damaged checkpoint: {line}")
-        self.loader.restore(restored.loader)
-        self.screen.say(f"continuing after step {restored.step}")
-        return restored.state, restored.step
+        self.loader.restore(found.loader)
+        self.screen.say(f"continuing after step {found.step}")
+        return checkpoints.restore(found.step, abstract_state(self.optimizer, self.plan, self.mesh)), found.step
 
     def _steps(self, state, first, step_fn, eval_fn, checkpoints, request) -> tuple[TrainState, str]:
         """The loop proper. A step's metrics are read while the next one runs, so the device never waits for the host."""

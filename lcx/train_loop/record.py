@@ -98,6 +98,7 @@ def run_record(
         "sequence_length": experiment.sequence.length,
         "full_sequence_length": experiment.full_length,
         "layout": experiment.layout,
+        "remat": experiment.block.remat,
         "pattern": [kind.name for kind in experiment.pattern],
         "versions": versions(),
         "git_commit": git_commit(),

@@ -119,6 +119,11 @@ def compile_train_step(
     return jax.jit(step, out_shardings=(places, None), donate_argnums=0).lower(state, batch).compile()
 
 
+def compile_eval_step(experiment: Experiment, plan: ModelPlan, mesh: Mesh, params: Any, batch: Batch) -> jax.stages.Compiled:
+    """The compiled evaluation step; arguments as for `compile_train_step`."""
+    return jax.jit(make_eval_step(experiment, plan, mesh)).lower(params, batch).compile()
+
+
 def position_bands(length: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) of `count` bands of position, the last the second half of the length, each before it half as long."""
     edges = [0, *(max(length >> shift, 1) for shift in range(count - 1, -1, -1))]
