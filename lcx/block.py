@@ -17,6 +17,7 @@ from jax import lax
 from lcx import remat
 from lcx.context import SequenceContext, TokenChunk
 from lcx.dims import Sizes
+from lcx.ffn.none import NoFeedForward
 from lcx.initializers import vector
 from lcx.ops.norm import rms_norm
 from lcx.ops.types import contiguous
@@ -75,7 +76,9 @@ class Block(nnx.Module):
     def __init__(self, config: Config, sizes: Sizes, mixer: nnx.Module, ffn: nnx.Module):
         self.config, self.sizes = config, sizes
         self.mixer, self.ffn = mixer, ffn
-        self.mixer_norm_D, self.ffn_norm_D = vector("D", (sizes.D,), 1.0), vector("D", (sizes.D,), 1.0)
+        self.mixer_norm_D = vector("D", (sizes.D,), 1.0)
+        if self._has_ffn:
+            self.ffn_norm_D = vector("D", (sizes.D,), 1.0)
 
     def __call__(self, x_BSD: jax.Array, contexts: dict[str, SequenceContext], layout: str) -> jax.Array:
         """One layer.
@@ -92,6 +95,9 @@ class Block(nnx.Module):
         wanted = mixer_layout(self.mixer.caps, layout)
         h_BSD = layouts.convert(h_BSD, layout, wanted, mesh=ctx.mesh)
         y_BSD = layouts.convert(self.mixer(h_BSD, contexts[wanted]), wanted, layout, mesh=ctx.mesh)
+
+        if not self._has_ffn:
+            return x_BSD + y_BSD
 
         def feed_forward(w, x_BsD):
             body = lambda x_BCD, start: self._ffn(w, x_BCD)
@@ -121,10 +127,16 @@ class Block(nnx.Module):
 
         return tokenwise(layer, weights, tokens, memory, mesh=ctx.mesh, dtype=x_BSD.dtype)
 
+    @property
+    def _has_ffn(self) -> bool:
+        return not isinstance(self.ffn, NoFeedForward)
+
     def _ffn_weights(self) -> dict[str, Any]:
-        return {"ffn_norm_D": self.ffn_norm_D, "ffn": self.ffn.weights()}
+        return {} if not self._has_ffn else {"ffn_norm_D": self.ffn_norm_D, "ffn": self.ffn.weights()}
 
     def _ffn(self, w: dict[str, Any], x_BCD: jax.Array) -> jax.Array:
+        if not self._has_ffn:
+            return x_BCD
         return x_BCD + self.ffn.apply(w["ffn"], rms_norm(x_BCD, w["ffn_norm_D"], self.sizes.norm_eps))
 
 

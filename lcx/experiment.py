@@ -302,9 +302,9 @@ def check(experiment: Experiment) -> list[str]:
         found = kind.mixer.check(kind.mixer_config, sizes, e.sequence.length, e.mesh_sizes)
         problems += [f"layer {kind.name!r}: {problem}" for problem in found]
         width = kind.ffn.inner_width(kind.ffn_config, sizes.D)
-        if width < 1:
+        if width is not None and width < 1:
             problems.append(f"layer {kind.name!r}: feed-forward width {width} must be at least 1")
-        if width % tensor:
+        if width is not None and width % tensor:
             problems.append(f"layer {kind.name!r}: feed-forward width {width} does not divide over mesh.tensor={tensor}")
         if e.block.fuse_attention and not kind.mixer.caps.fused:
             problems.append(f"block.fuse_attention=True: mixer of layer {kind.name!r} cannot be fused; 'blockwise' can")

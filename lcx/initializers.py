@@ -17,3 +17,23 @@ def matrix(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], *, fan_in: int, ga
 def vector(dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A constant vector such as a norm's scale."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), dims=dims)
+
+
+def uniform(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], bound: float) -> nnx.Param:
+    """Evenly spread over (-bound, bound)."""
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound), dims=dims)
+
+
+def step_size_bias(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], least: float, most: float) -> nnx.Param:
+    """The bias whose softplus is spread evenly over the logarithm of (least, most), at least 1e-4; not decayed.
+
+    Source: Gu and Dao, "Mamba" (2023), section 3.6; the authors' code.
+    """
+    steps = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, math.log(least), math.log(most)))
+    steps = jnp.maximum(steps, 1e-4)
+    return nnx.Param(steps + jnp.log(-jnp.expm1(-steps)), dims=dims, decay=False)
+
+
+def undecayed(value: jax.Array, dims: str) -> nnx.Param:
+    """A parameter that starts at a value and has no weight decay."""
+    return nnx.Param(value.astype(jnp.float32), dims=dims, decay=False)

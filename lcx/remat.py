@@ -4,11 +4,12 @@ import jax
 
 from lcx.registry import unknown
 
-ATTENTION_NAMES = ("attention_out", "attention_lse")
+# Outputs of attention and of recurrences, with what their backward passes need besides their inputs.
+MIXER_NAMES = ("attention_out", "attention_lse", "recurrence_out", "recurrence_states")
 
 POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES),
+    "attention": jax.checkpoint_policies.save_only_these_names(*MIXER_NAMES),
     "minimal": jax.checkpoint_policies.nothing_saveable,
 }
 NAMES = ("auto", *POLICIES)
@@ -20,8 +21,11 @@ def candidates(name: str) -> tuple[str, ...]:
 
 
 def policy(name: str):
-    """none: keep everything; attention: layer inputs and the attention output, so that the forward ring is not replayed;
-    minimal: layer inputs only; auto: the first of its candidates, unless a run has replaced it by another."""
+    """A policy of `jax.checkpoint`.
+
+    none keeps everything; attention layer inputs and the output of attention or recurrence, so that the forward ring or scan is
+    not replayed; minimal layer inputs only; auto is the first of its candidates, unless a run has replaced it by another.
+    """
     if name not in NAMES:
         raise unknown("block.remat", name, NAMES)
     return POLICIES[candidates(name)[0]]

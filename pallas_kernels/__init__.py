@@ -13,4 +13,12 @@ KERNELS = {
         "reference": "lcx.ops.linear_cross_entropy_reference",
         "chunked": "lcx.ops.linear_cross_entropy_chunked",
     },
+    "selective_scan": {
+        "reference": "lcx.ops.selective_scan_reference",
+        "chunked": "lcx.ops.selective_scan_chunked",
+    },
+    "ssd": {
+        "reference": "lcx.ops.ssd_reference",
+        "chunked": "lcx.ops.ssd_chunked",
+    },
 }

@@ -4,4 +4,5 @@ one chunk of one device's tokens."""
 FFNS = {
     "gated": "lcx.ffn.gated:Gated",
     "dense": "lcx.ffn.dense:Dense",
+    "none": "lcx.ffn.none:NoFeedForward",
 }

@@ -14,6 +14,9 @@ MIXERS = {
     "ulysses": "lcx.mixers.attention:Ulysses",
     "ulysses_ring": "lcx.mixers.attention:UlyssesRing",
     "allgather": "lcx.mixers.attention:AllGather",
+    "longnet": "lcx.mixers.longnet:LongNet",
+    "mamba": "lcx.mixers.mamba:Mamba",
+    "mamba2": "lcx.mixers.mamba2:Mamba2",
 }
 
 

@@ -10,22 +10,21 @@ from flax import nnx
 from lcx import registry
 from lcx.context import SequenceContext, TokenChunk
 from lcx.dims import Sizes
-from lcx.initializers import matrix, vector
+from lcx.initializers import vector
 from lcx.mixers import Caps
+from lcx.mixers.multi_head import MultiHead, head_problems, implementation_problems
 from lcx.ops.attention import attention
-from lcx.ops.norm import rms_norm
 from lcx.ops.types import AttentionSpec, Mask
 from lcx.parallel import STRATEGIES
 from lcx.parallel.attention import context_attention
 from lcx.parallel.plan import Plan
 from lcx.sharding import tokenwise
-from pallas_kernels import KERNELS
 
 FULL_LIMIT = 16_384
 
 
-class Attention(nnx.Module):
-    """Multi-head attention with grouped queries: projections, position encoding, attention over the mesh, projection."""
+class Attention(MultiHead):
+    """Softmax attention over the mesh."""
 
     strategy = "ring"
     automatic = "auto"  # what implementation="auto" stands for
@@ -54,29 +53,14 @@ class Attention(nnx.Module):
         implementation: str = "auto"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
-        """Config differences for contract tests."""
-        return {}
-
-    @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:
         """What stands against this mixer at this size, one line each."""
-        problems = []
-        for field, heads in (("model.heads", sizes.H), ("model.kv_heads", sizes.G)):
-            if heads % mesh["tensor"]:
-                problems.append(f"{field}={heads} does not divide over mesh.tensor={mesh['tensor']}")
-        if sizes.H % sizes.G:
-            problems.append(f"model.heads={sizes.H} must be a multiple of model.kv_heads={sizes.G}")
+        problems = head_problems(sizes, mesh) + implementation_problems(config)
         sides = config.window or (None, None)
         if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
             problems.append(f"window={config.window} must be (left, right) in tokens, each >= 0 or None")
         if config.sink_tokens < 0:
             problems.append(f"sink_tokens={config.sink_tokens} must be >= 0")
-        if config.softcap is not None and config.softcap <= 0:
-            problems.append(f"softcap={config.softcap} must be above 0, or None")
-        implementations = ("auto", *KERNELS["attention"])
-        if config.implementation not in implementations:
-            problems.append(str(registry.unknown("implementation", config.implementation, implementations)))
         if not problems and (reason := cls._strategy_refuses(config, sizes, length, mesh)):
             degree = f"ulysses_degree={config.ulysses_degree}, " if hasattr(config, "ulysses_degree") else ""
             given = (
@@ -118,28 +102,17 @@ class Attention(nnx.Module):
         return 4.0 * sizes.H * sizes.K * jnp.sum(seen_BS)
 
     def __init__(self, config: Config, sizes: Sizes, posenc: Any, *, rngs: nnx.Rngs):
-        D, H, G, K = sizes.D, sizes.H, sizes.G, sizes.K
-        self.config, self.sizes, self.posenc = config, sizes, posenc
-        self.query_DHK = matrix(rngs, "DHK", (D, H, K), fan_in=D)
-        self.key_DGK = matrix(rngs, "DGK", (D, G, K), fan_in=D)
-        self.value_DGK = matrix(rngs, "DGK", (D, G, K), fan_in=D)
-        self.out_HKD = matrix(rngs, "HKD", (H, K, D), fan_in=H * K, gain=(2 * sizes.L) ** -0.5)
-        if config.qk_norm:
-            self.query_norm_K, self.key_norm_K = vector("K", (K,), 1.0), vector("K", (K,), 1.0)
+        super().__init__(config, sizes, posenc, rngs=rngs)
         if config.sink_logits:
-            self.sink_H = vector("H", (H,), 0.0)
+            self.sink_H = vector("H", (sizes.H,), 0.0)
 
     @property
     def mask(self) -> Mask:
         """Who sees whom."""
         return Mask(causal=self.config.causal, window=self.config.window, sink_tokens=self.config.sink_tokens)
 
-    def __call__(self, x_BSD: jax.Array, ctx: SequenceContext) -> jax.Array:
-        """y_BSD in x's dtype."""
-        run = lambda fn, w, *tokens: tokenwise(fn, w, *tokens, mesh=ctx.mesh, dtype=x_BSD.dtype)
-        q_BSHK = run(self._query, self._query_weights(), x_BSD, ctx.positions_BS)
-        k_BTGK, v_BTGK = run(self._key_value, self._key_value_weights(), x_BSD, ctx.positions_BS)
-        o_BSHK = context_attention(
+    def _attention(self, q_BSHK, k_BTGK, v_BTGK, ctx):
+        return context_attention(
             q_BSHK,
             k_BTGK,
             v_BTGK,
@@ -154,32 +127,9 @@ class Attention(nnx.Module):
             implementation=self.automatic if self.config.implementation == "auto" else self.config.implementation,
             **self._strategy_options(),
         )
-        return run(self._output, {"out_HKD": self.out_HKD}, o_BSHK)
 
     def _strategy_options(self) -> dict[str, Any]:
         return {}
-
-    def _query_weights(self) -> dict[str, nnx.Param]:
-        return {"query_DHK": self.query_DHK} | ({"query_norm_K": self.query_norm_K} if self.config.qk_norm else {})
-
-    def _key_value_weights(self) -> dict[str, nnx.Param]:
-        weights = {"key_DGK": self.key_DGK, "value_DGK": self.value_DGK}
-        return weights | ({"key_norm_K": self.key_norm_K} if self.config.qk_norm else {})
-
-    def _query(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        q_BSHK = jnp.einsum("BSD,DHK->BSHK", x_BSD, w["query_DHK"].astype(x_BSD.dtype))
-        if self.config.qk_norm:
-            q_BSHK = rms_norm(q_BSHK, w["query_norm_K"], self.sizes.norm_eps)
-        return self.posenc.rotate(q_BSHK, positions_BS)
-
-    def _key_value(self, w: dict[str, jax.Array], x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, w["key_DGK"].astype(x_BTD.dtype))
-        if self.config.qk_norm:
-            k_BTGK = rms_norm(k_BTGK, w["key_norm_K"], self.sizes.norm_eps)
-        return self.posenc.rotate(k_BTGK, positions_BT), jnp.einsum("BTD,DGK->BTGK", x_BTD, w["value_DGK"].astype(x_BTD.dtype))
-
-    def _output(self, w: dict[str, jax.Array], o_BSHK: jax.Array) -> jax.Array:
-        return jnp.einsum("BSHK,HKD->BSD", o_BSHK, w["out_HKD"].astype(o_BSHK.dtype))
 
 
 class OneShard(Attention):

@@ -19,6 +19,8 @@ from lcx.ops.visibility import NO_DOCUMENT, TileBounds, tile_visible, visible_BS
 # Measured on two CPU cores, fp32, S=2048, K=16..64, H=4..16: 128, 256 and 512 lie within a third of each other, 256 is first
 # or second everywhere; at 1024 the scores of a pair fall out of the cache and the time doubles.
 TILE = 256
+# Scores of one pair of tiles, over batch rows and heads, that exist at a time; more rows than that go one after another.
+SCORE_BYTES = 2**26
 
 
 def refuse(spec, shapes, dtypes, device_kind):
@@ -155,8 +157,26 @@ def _scores(q, k, tile_q, tile_k, tiling_q, tiling_k, spec: AttentionSpec, alibi
     return scores.reshape(B, G, rows, -1), slope
 
 
+def _by_rows(fn: Callable, arrays: Any) -> Any:
+    """fn(arrays) for arrays of B rows, so many rows at a time that the scores of a pair of tiles stay within SCORE_BYTES."""
+    q_BSHK, k_BTGK = arrays["q"], arrays["k"]
+    (B, S, H, _), T = q_BSHK.shape, k_BTGK.shape[1]
+    most = max(SCORE_BYTES // (4 * H * min(S, TILE) * min(T, TILE)), 1)
+    rows = next(rows for rows in range(min(most, B), 0, -1) if B % rows == 0)
+    if rows == B:
+        return fn(arrays)
+    out = lax.map(fn, jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), arrays))
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), out)
+
+
 def forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_slopes_H=None, carry=None):
     """See `lcx.ops.attention`, "Backends"."""
+    options = dict(spec=spec, order_q=order_q, order_k=order_k, alibi_slopes_H=alibi_slopes_H)
+    arrays = dict(q=q_BSHK, k=k_BTGK, v=v_BTGK, segments=segments, carry=carry)
+    return _by_rows(lambda x: _forward(x["q"], x["k"], x["v"], segments=x["segments"], carry=x["carry"], **options), arrays)
+
+
+def _forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_slopes_H, carry):
     G = k_BTGK.shape[2]
     start = () if carry is None else ((carry[0].astype(jnp.float32), 0), (jnp.swapaxes(carry[1], 1, 2), -jnp.inf))
     tiling_q, tiling_k, q_side, k_side = _sides(((q_BSHK, 0), *start), (k_BTGK, v_BTGK), order_q, order_k, segments)
@@ -192,6 +212,13 @@ def forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_s
 
 def backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, order_q, order_k, segments, alibi_slopes_H=None):
     """See `lcx.ops.attention`, "Backends". One pass over the pairs of tiles, five products each."""
+    options = dict(spec=spec, order_q=order_q, order_k=order_k, alibi_slopes_H=alibi_slopes_H)
+    arrays = dict(q=q_BSHK, k=k_BTGK, v=v_BTGK, do=do_BSHK, lse=lse_BHS, delta=delta_BHS, segments=segments)
+    rows = ("q", "k", "v", "do", "lse", "delta")
+    return _by_rows(lambda x: _backward(*(x[name] for name in rows), segments=x["segments"], **options), arrays)
+
+
+def _backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, order_q, order_k, segments, alibi_slopes_H):
     G = k_BTGK.shape[2]
     # lse = +inf makes every weight of an empty row exp(-inf) = 0, and of a row that pads a tile.
     lse_BSH = jnp.swapaxes(jnp.where(lse_BHS == -jnp.inf, jnp.inf, lse_BHS), 1, 2)

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +99,8 @@ def context_attention(
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
-    call = _Call(module, plan, mesh)
-    o_BSHK, lse_BHS = _attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
+    call = Call(module.forward, module.backward, plan, mesh)
+    o_BSHK, lse_BHS = attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
     if length != S:
         o_BSHK, lse_BHS = padding.remove(o_BSHK), padding.remove(lse_BHS, dim=2)
     if sink_logits_H is not None:
@@ -107,28 +109,37 @@ def context_attention(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """What is static in `_attend`."""
+class Call:
+    """What is static in `attend`.
 
-    strategy: ModuleType
-    plan: Plan
+    Attributes:
+      forward: (plan, q, k, v, tokens, slopes) -> o, lse on one device, in fp32.
+      backward: (plan, q, k, v, do, lse, delta, tokens, slopes) -> dq, dk, dv on one device, in fp32.
+      plan: what both know statically; has `dtype`.
+      mesh: the device mesh.
+    """
+
+    forward: Callable
+    backward: Callable
+    plan: Any
     mesh: Mesh
 
-    def run(self, function: str, dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
-        """The strategy's `forward` or `backward` on every device."""
+    def run(self, function: Callable, dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
+        """`forward` or `backward` on every device."""
         specs = tuple(activation_spec(d) for d in dims)
-        local = functools.partial(getattr(self.strategy, function), self.plan)
+        local = functools.partial(function, self.plan)
         out_specs = tuple(activation_spec(d) for d in out_dims)
         return per_shard(local, mesh=self.mesh, in_specs=specs, out_specs=out_specs)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, q, k, v, slopes_H, tokens_BS):
+def attend(call: Call, q, k, v, slopes_H, tokens_BS):
+    """(o_BSHK in the plan's dtype, lse_BHS fp32): the one custom VJP around every kind of attention over a mesh."""
     return _attend_forward(call, q, k, v, slopes_H, tokens_BS)[0]
 
 
 def _attend_forward(call, q, k, v, slopes_H, tokens_BS):
-    o, lse = call.run("forward", ("BSHK", "BTGK", "BTGK", "BS", "H"), ("BSHK", "BHS"), q, k, v, tokens_BS, slopes_H)
+    o, lse = call.run(call.forward, ("BSHK", "BTGK", "BTGK", "BS", "H"), ("BSHK", "BHS"), q, k, v, tokens_BS, slopes_H)
     # Named here, among the residuals, so that a remat policy can save them and the forward ring is not run again.
     o, lse = checkpoint_name(o.astype(call.plan.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
     return (o, lse), (q, k, v, slopes_H, tokens_BS, o, lse)
@@ -140,12 +151,12 @@ def _attend_backward(call, residuals, cotangents):
     delta = jnp.einsum("bshk,bshk->bhs", do.astype(jnp.float32), o.astype(jnp.float32)) - dlse
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     dims = ("BSHK", "BTGK", "BTGK", "BSHK", "BHS", "BHS", "BS", "H")
-    dq, dk, dv = call.run("backward", dims, ("BSHK", "BTGK", "BTGK"), q, k, v, do, lse, delta, tokens_BS, slopes_H)
+    dq, dk, dv = call.run(call.backward, dims, ("BSHK", "BTGK", "BTGK"), q, k, v, do, lse, delta, tokens_BS, slopes_H)
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tokens_BS)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jax.tree.map(jnp.zeros_like, slopes_H), none
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,31 +200,38 @@ def _strategy(name: str, plan: Plan) -> ModuleType:
     return module if plan.shards > 1 else load(STRATEGIES, "ring", field="strategy")
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: bool, message: str, op: str = "context_attention") -> None:
     if not holds:
-        raise UserError(f"context_attention: {message}")
+        raise UserError(f"{op}: {message}")
 
 
 def _check(q, k, v, mesh, axis, layout, mask, segments_BS, alibi_slopes_H, sink_logits_H):
     """Raises a one-line UserError for arguments that do not fit together or onto the mesh."""
     _require(axis == "seq", f"axis={axis!r}; tokens are spread over the mesh axis 'seq'")
     check_layout(layout)
-    for name, x in (("q_BSHK", q), ("k_BTGK", k), ("v_BTGK", v)):
-        _require(x.ndim == 4, f"{name} has shape {x.shape}; it needs 4 dims, {', '.join(name[2:])}")
-        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == q.dtype
-        _require(floating, f"{name} has dtype {x.dtype} and q_BSHK {q.dtype}; they need one floating dtype")
-    (B, S, H, K), G = q.shape, k.shape[2]
-    _require(k.shape == (B, S, G, K), f"k_BTGK has shape {k.shape}; with q_BSHK {q.shape} it needs B={B}, T=S={S}, K={K}")
-    _require(v.shape == k.shape, f"v_BTGK has shape {v.shape} and k_BTGK {k.shape}; they need the same")
-    _require(S > 0 and G > 0 and H % G == 0, f"H={H} query heads cannot be divided among G={G} key/value heads, S={S}")
+    check_arrays("context_attention", q, k, v, mesh, segments_BS)
     _require(isinstance(mask, Mask), f"mask={mask!r} needs to be an lcx.ops.Mask")
-    rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
-    _require(B % rows == 0, f"B={B} rows cannot be divided among mesh axes data*fsdp={rows}")
-    for name, heads in (("query heads H", H), ("key/value heads G", G)):
-        _require(heads % tensor == 0, f"{name}={heads} cannot be divided among mesh axis tensor={tensor}")
-    if segments_BS is not None:
-        is_ids = segments_BS.shape == (B, S) and jnp.issubdtype(segments_BS.dtype, jnp.integer)
-        _require(is_ids, f"segments_BS is {segments_BS.dtype}{segments_BS.shape}; it needs int{(B, S)}")
     for name, x in (("alibi_slopes_H", alibi_slopes_H), ("sink_logits_H", sink_logits_H)):
         if x is not None:
+            H = q.shape[2]
             _require(x.shape == (H,), f"{name} has shape {x.shape}; it needs ({H},), one entry per query head")
+
+
+def check_arrays(op: str, q, k, v, mesh: Mesh, segments_BS) -> None:
+    """Raises a one-line UserError, with the operation in front, for arrays that do not fit together or onto the mesh."""
+    require = functools.partial(_require, op=op)
+    for name, x in (("q_BSHK", q), ("k_BTGK", k), ("v_BTGK", v)):
+        require(x.ndim == 4, f"{name} has shape {x.shape}; it needs 4 dims, {', '.join(name[2:])}")
+        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == q.dtype
+        require(floating, f"{name} has dtype {x.dtype} and q_BSHK {q.dtype}; they need one floating dtype")
+    (B, S, H, K), G = q.shape, k.shape[2]
+    require(k.shape == (B, S, G, K), f"k_BTGK has shape {k.shape}; with q_BSHK {q.shape} it needs B={B}, T=S={S}, K={K}")
+    require(v.shape == k.shape, f"v_BTGK has shape {v.shape} and k_BTGK {k.shape}; they need the same")
+    require(S > 0 and G > 0 and H % G == 0, f"H={H} query heads cannot be divided among G={G} key/value heads, S={S}")
+    rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
+    require(B % rows == 0, f"B={B} rows cannot be divided among mesh axes data*fsdp={rows}")
+    for name, heads in (("query heads H", H), ("key/value heads G", G)):
+        require(heads % tensor == 0, f"{name}={heads} cannot be divided among mesh axis tensor={tensor}")
+    if segments_BS is not None:
+        is_ids = segments_BS.shape == (B, S) and jnp.issubdtype(segments_BS.dtype, jnp.integer)
+        require(is_ids, f"segments_BS is {segments_BS.dtype}{segments_BS.shape}; it needs int{(B, S)}")

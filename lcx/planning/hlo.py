@@ -1,6 +1,7 @@
 """Reading compiled HLO text: which operations a program executes, how often, and how deep inside loops."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -29,6 +30,17 @@ class Operation:
     line: str
     loops: int
     times: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result; of all of them where it is a tuple."""
+        arrays = re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", self.shape)
+        return sum(_width(dtype) * math.prod(int(size) for size in sizes.split(",") if size) for dtype, sizes in arrays)
+
+
+def _width(dtype: str) -> int:
+    """Bytes of one element: f32 is 4, pred 1."""
+    return 1 if dtype == "pred" else max(int(re.search(r"\d+", dtype)[0]) // 8, 1)
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:

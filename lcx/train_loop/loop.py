@@ -67,6 +67,7 @@ class Run:
                 self.screen.closing(e, done, self.workdir)
                 return done
             step_fn, eval_fn = self._compile(next(self.loader), next(self.held_out))
+            self.throughput = Throughput(self.experiment, self.plan)
             self.loader.reset()
             state, first = self._state(checkpoints, found)
             if jax.process_index() == 0:
@@ -89,7 +90,6 @@ class Run:
             e, self.experiment, self.plan = fitted.experiment, fitted.experiment, fitted.plan
             params = abstract_state(self.optimizer, self.plan, self.mesh).params
             evaluation = compile_eval_step(e, self.plan, self.mesh, params, held_out)
-        self.throughput = Throughput(e, self.plan)
         written = record.run_record(e, self.plan, self.mesh, choices.as_dict(), fitted.bytes)
         if jax.process_index() == 0:
             record.write_json(self.workdir / "config.json", e.resolved)

@@ -64,15 +64,18 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def label(info: ParameterInfo) -> str:
-    """matrix, table (has a vocabulary dimension) or vector; the stacked layer dimension does not count."""
+    """matrix, table (has a vocabulary dimension) or vector; the stacked layer dimension does not count.
+
+    What is not decayed (the rates of a state-space model) and the weights of a convolution, one row a channel, are vectors.
+    """
     if "V" in info.dims:
         return "table"
-    return "matrix" if len(info.layer_dims) >= 2 else "vector"
+    return "matrix" if len(info.layer_dims) >= 2 and info.decay and "W" not in info.dims else "vector"
 
 
 def decayed(info: ParameterInfo) -> bool:
-    """Whether weight decay applies: to matrices and tables that are not marked `decay=False`."""
-    return label(info) != "vector" and info.decay
+    """Whether weight decay applies: to matrices, convolutions and tables that are not marked `decay=False`."""
+    return info.decay and (label(info) != "vector" or "W" in info.dims)
 
 
 def muon_dimensions(info: ParameterInfo) -> optax.contrib.MuonDimensionNumbers | None:
