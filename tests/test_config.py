@@ -418,7 +418,8 @@ def test_every_committed_config_loads_at_full_scale_and_in_rehearsal(path, monke
     auto = experiment.load(path, {})
     assert full.full_length == full.sequence.length == auto.full_length
     if full.full_length >= 2**17:
-        assert auto.scale == "rehearsal" and auto.sequence.length < 2**15
+        assert auto.scale == "rehearsal"
+        assert auto.sequence.length < 2**15 or auto.sequence.length == full.full_length == 2**20, "short, or of linear cost"
         assert [kind.name for kind in auto.pattern] == [kind.name for kind in full.pattern]
 
 

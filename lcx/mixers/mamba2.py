@@ -33,7 +33,7 @@ class Mamba2(nnx.Module):
           expand: E, the width of all heads, over the model width.
           head_dim: width of a head, K.
           state: state entries of each channel, N.
-          groups: B and C are shared by the heads of a group, G.
+          groups: B and C are shared by the heads of a group, which the gated norm norms by itself; G.
           conv: width of the convolution, W.
           dt_min, dt_max: between which the step sizes start.
           dt_limit: between which they stay.
@@ -147,5 +147,8 @@ class Mamba2(nnx.Module):
 
     def _output(self, w: dict[str, jax.Array], y_BSE: jax.Array, z_BSE: jax.Array) -> jax.Array:
         gated_BSE = y_BSE.astype(jnp.float32) * jax.nn.silu(z_BSE.astype(jnp.float32))
-        normed_BSE = rms_norm(gated_BSE, w["norm_E"], self.config.norm_eps).astype(y_BSE.dtype)
-        return normed_BSE @ w["out_ED"].astype(y_BSE.dtype)
+        # Each group by itself, so that a tensor shard of whole groups needs nothing of the others.
+        grouped = gated_BSE.reshape(*gated_BSE.shape[:2], self.config.groups, -1)
+        ones = jnp.ones(grouped.shape[-1], jnp.float32)
+        normed_BSE = rms_norm(grouped, ones, self.config.norm_eps).reshape(gated_BSE.shape) * w["norm_E"][None, None]
+        return normed_BSE.astype(y_BSE.dtype) @ w["out_ED"].astype(y_BSE.dtype)
