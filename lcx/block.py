@@ -80,21 +80,21 @@ class Block(nnx.Module):
         if self._has_ffn:
             self.ffn_norm_D = vector("D", (sizes.D,), 1.0)
 
-    def __call__(self, x_BSD: jax.Array, contexts: dict[str, SequenceContext], layout: str) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, contexts: dict[str, SequenceContext], layout: str, mixer_layout: str) -> jax.Array:
         """One layer.
 
         Args:
           x_BSD: hidden states in the stream's layout.
           contexts: layout -> context, for every layout that some layer uses.
           layout: the stream's layout, in which the result comes back as well.
+          mixer_layout: in which the mixer runs.
         """
         ctx = contexts[layout]
         if self.config.fuse_attention:
             return self._fused(x_BSD, ctx)
         h_BSD = rms_norm(x_BSD, self.mixer_norm_D.get_value(), self.sizes.norm_eps)
-        wanted = mixer_layout(self.mixer.caps, layout)
-        h_BSD = layouts.convert(h_BSD, layout, wanted, mesh=ctx.mesh)
-        y_BSD = layouts.convert(self.mixer(h_BSD, contexts[wanted]), wanted, layout, mesh=ctx.mesh)
+        h_BSD = layouts.convert(h_BSD, layout, mixer_layout, mesh=ctx.mesh)
+        y_BSD = layouts.convert(self.mixer(h_BSD, contexts[mixer_layout]), mixer_layout, layout, mesh=ctx.mesh)
 
         if not self._has_ffn:
             return x_BSD + y_BSD
@@ -138,8 +138,3 @@ class Block(nnx.Module):
         if not self._has_ffn:
             return x_BCD
         return x_BCD + self.ffn.apply(w["ffn"], rms_norm(x_BCD, w["ffn_norm_D"], self.sizes.norm_eps))
-
-
-def mixer_layout(caps: Any, stream: str) -> str:
-    """The layout in which a mixer runs: the stream's where it accepts it, else the one it likes best."""
-    return stream if stream in caps.layouts else caps.layouts[0]

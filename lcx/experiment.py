@@ -176,11 +176,15 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
         raise UserError(f"config.pattern=() must name a layer kind (valid: {', '.join([*conf.layers, *MIXERS])})")
     mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes) if devices is None else devices)
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
+    layout = stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"])
+    if blocks["sequence"].layout == "auto" and mesh_sizes["seq"] > 1:
+        balanced = lambda kind: kind.mixer.balanced_layout(kind.mixer_config)
+        pattern = tuple(dataclasses.replace(kind, layout=balanced(kind)) for kind in pattern)
     experiment = Experiment(
         run=run,
         **blocks,
         mesh_sizes=mesh_sizes,
-        layout=stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"]),
+        layout=layout,
         pattern=pattern,
         dataset=dataset_config(conf, blocks["data"].source),
         require={op: name for op, name in conf.require.items() if name},
@@ -248,14 +252,14 @@ def dataset_config(conf: ml_collections.ConfigDict, source: str) -> Any:
 
 
 def stream_layout(chosen: str, pattern: tuple[model.LayerKind, ...], shards: int) -> str:
-    """`sequence.layout` with auto resolved: contiguous on one shard, else what most layers like best."""
+    """`sequence.layout` with auto resolved: contiguous on one shard, else what balances most layers."""
     if chosen not in ("auto", *layouts.LAYOUTS):
         raise registry.unknown("sequence.layout", chosen, ["auto", *layouts.LAYOUTS])
     if chosen != "auto":
         return chosen
     if shards == 1:
         return "contiguous"
-    liked = [kind.mixer.caps.layouts[0] for kind in pattern]
+    liked = [kind.mixer.balanced_layout(kind.mixer_config) or "contiguous" for kind in pattern]
     return max(("contiguous", *layouts.LAYOUTS), key=liked.count)
 
 
@@ -283,7 +287,7 @@ def check(experiment: Experiment) -> list[str]:
             f"train.batch={e.train.batch} over train.accumulate={e.train.accumulate} must be a multiple of "
             f"mesh.data*mesh.fsdp={rows}"
         )
-    needed = {block.mixer_layout(kind.mixer.caps, e.layout) for kind in e.pattern} | {e.layout}
+    needed = {kind.layout_in(e.layout) for kind in e.pattern} | {e.layout}
     multiple = math.lcm(*(layouts.shard_multiple(layout, shards) for layout in needed))
     if e.sequence.length % multiple:
         near = max(multiple, round(e.sequence.length / multiple) * multiple)

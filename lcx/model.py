@@ -68,6 +68,7 @@ class LayerKind:
       name: as the pattern calls it.
       mixer, posenc, ffn: classes of the parts.
       mixer_config, posenc_config, ffn_config: their typed configs.
+      layout: in which the mixer runs; None for the stream's where it accepts that, else the one it likes best.
     """
 
     name: str
@@ -77,6 +78,12 @@ class LayerKind:
     posenc_config: Any
     ffn: type
     ffn_config: Any
+    layout: str | None = None
+
+    def layout_in(self, stream: str) -> str:
+        """In which layout the mixer runs; the block converts where it is not the stream's."""
+        accepted = self.mixer.caps.layouts
+        return self.layout or (stream if stream in accepted else accepted[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +129,19 @@ class Model(nnx.Module):
     def hidden(self, tokens_BS: jax.Array, ctx: SequenceContext) -> jax.Array:
         """Normed hidden states x_BSD; tokens stand in the context's layout."""
         x_BSD = embedding.embed(self.embedding_VD.get_value(), tokens_BS, mesh=ctx.mesh, dtype=self.sizes.dtype)
-        wanted = {block.mixer_layout(kind.mixer.caps, ctx.layout) for kind in self.pattern}
+        wanted = {kind.layout_in(ctx.layout) for kind in self.pattern}
         contexts = {layout: ctx.in_layout(layout) for layout in wanted | {ctx.layout}}
         graphs, states = zip(*(nnx.split(stack) for stack in self.stacks), strict=True)
         groups, rest = divmod(self.sizes.L, len(self.pattern))
         keep = remat.policy(self.block_config.remat)
 
-        def layer(graph, state, x_BSD):
-            y_BSD = nnx.merge(graph, state)(x_BSD, contexts, ctx.layout)
+        def layer(graph, kind, state, x_BSD):
+            y_BSD = nnx.merge(graph, state)(x_BSD, contexts, ctx.layout, kind.layout_in(ctx.layout))
             return constrain(y_BSD, "BSD", ctx.mesh)
 
         def group(x_BSD, states, in_scan=True):
-            for graph, state in zip(graphs, states, strict=False):
-                run = jax.checkpoint(functools.partial(layer, graph), policy=keep, prevent_cse=not in_scan)
+            for graph, kind, state in zip(graphs, self.pattern, states, strict=False):
+                run = jax.checkpoint(functools.partial(layer, graph, kind), policy=keep, prevent_cse=not in_scan)
                 x_BSD = run(state, x_BSD)
             return x_BSD, None
 

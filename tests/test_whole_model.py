@@ -195,3 +195,18 @@ def test_bfloat16_stays_near_the_fp32_truth_on_every_mesh(fields):
     expected, expected_grads = truth(True)
     assert_close(value, expected, name="loss", dtype="bfloat16")
     assert_trees_close(grads, expected_grads, gradient=True, dtype="bfloat16")
+
+
+HYBRID = dict(pattern=("mamba", "local", "wide", "mamba2"), model__layers=4, mixers__mamba__state=4)
+HYBRID |= dict(mixers__mamba2__state=8, mixers__mamba2__head_dim=8, mixers__mamba2__groups=2)
+HYBRID |= dict(layers={"local": dict(mixer="ring", window=8), "wide": dict(mixer="ring")})
+
+
+def test_a_hybrid_is_the_same_sharded_and_converts_where_layouts_meet():
+    """Recurrences and a windowed ring in contiguous order, full attention in zigzag order between them."""
+    e = small(**(SIZES | HYBRID | dict(mesh__seq=4)))
+    assert e.layout == "contiguous" and [kind.layout_in(e.layout) for kind in e.pattern].count("zigzag") == 1
+    value, grads = loss_and_gradients(True, mesh__seq=4, **HYBRID)
+    expected, expected_grads = loss_and_gradients(True, **HYBRID)
+    assert_close(value, expected, name="loss")
+    assert_trees_close(grads, expected_grads, gradient=True)

@@ -88,6 +88,12 @@ class Attention(MultiHead):
         return registry.load(STRATEGIES, cls.strategy, field="strategy").refuse(plan)
 
     @classmethod
+    def balanced_layout(cls, config: Config) -> str | None:
+        """zigzag where keys stay with their devices and a causal mask gives the later ones more of them. A window does not, and
+        in contiguous order it needs the fewest hops."""
+        return "zigzag" if config.causal and config.window is None and cls.strategy != "ulysses" and cls.caps.sharded else None
+
+    @classmethod
     def score_flops(cls, config: Config, sizes: Sizes, ctx: SequenceContext) -> jax.Array:
         """fp32 forward FLOPs of the scores of one layer on this batch: 4 K per head and visible (query, key) pair.
 

@@ -60,6 +60,11 @@ class Mamba2(nnx.Module):
         return dict(state=8, head_dim=8, groups=2)
 
     @classmethod
+    def balanced_layout(cls, config: Config) -> str | None:
+        """None: every device has the same work."""
+        return None
+
+    @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:
         """What stands against this mixer at this size, one line each."""
         problems = recurrence_problems(config, "ssd", length, mesh)

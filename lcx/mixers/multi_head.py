@@ -26,6 +26,11 @@ class MultiHead(nnx.Module):
         """Config differences for contract tests."""
         return {}
 
+    @classmethod
+    def balanced_layout(cls, config: Any) -> str | None:
+        """The layout in which all devices have the same work; None when they have in every one that is accepted."""
+        return None
+
     def __init__(self, config: Any, sizes: Sizes, posenc: Any, *, rngs: nnx.Rngs):
         D, H, G, K = sizes.D, sizes.H, sizes.G, sizes.K
         self.config, self.sizes, self.posenc = config, sizes, posenc

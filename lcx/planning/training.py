@@ -58,6 +58,6 @@ def layer_temp_bytes(experiment: Experiment, mesh: Mesh) -> int:
         layer = nnx.merge(graph, jax.tree.map(lambda w: w[0], stacked))
         positions_BS = jnp.arange(length, dtype=jnp.int32)[None]
         contexts = {layout: SequenceContext(positions_BS, None, layout, mesh)}
-        return jnp.sum(layer(x_BSD, contexts, layout).astype(jnp.float32) ** 2)
+        return jnp.sum(layer(x_BSD, contexts, layout, layout).astype(jnp.float32) ** 2)
 
     return temp_bytes(jax.grad(loss, argnums=(0, 1)), plan.shapes, x_BSD, mesh=mesh)
