@@ -8,7 +8,7 @@ ARGS ?=
 
 # The extra for the accelerator that is here.
 ACCELERATOR := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; \
-	elif ls /dev/accel* /dev/vfio/[0-9]* >/dev/null 2>&1; then echo tpu; fi)
+	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo tpu; fi)
 BASE = plots,tokenizers$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 

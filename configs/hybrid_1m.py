@@ -2,10 +2,10 @@
 
     python -m lcx.train --config configs/hybrid_1m.py
 
-Real experiment: 64 devices and more (16K tokens or fewer each). Attention stands in zigzag order, the recurrences in contiguous
-order; hidden states are converted where the two meet.
+Real experiment: 64 devices and more (16K tokens or fewer each). Full attention stands in zigzag order, the recurrences and the
+windowed layers in contiguous order; hidden states are converted where the two meet.
 Rehearsal (a host without accelerators): true sequences of 1,048,576 tokens on 2 virtual devices, a few steps of a small model,
-with a window of 1,024 on its attention: full attention at this length takes hours a layer there.
+with a window of 1,024 on its attention. Full attention at this length takes hours a layer there, so it is not rehearsed.
 """
 
 from configs import one_billion
@@ -30,7 +30,7 @@ def get_config():
             "mixers": {"mamba": {"state": 8}},
             "train": {"steps": 5, "batch": 1, "log_every": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-            "checkpoint": {"every": 0},
+            "checkpoint": {"every": 2},
             "evaluate": {"every": 0, "batches": 1},
         }
     return config

@@ -22,10 +22,10 @@ def get_config():
             "mesh": {"seq": 2},
             "model": {"layers": 2, "dim": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "dtype": "float32"},
             "ffns": {"gated": {"width": 64}},
-            "mixers": {"longnet": {"segments": (256, 4096, 65536, 1048576), "dilations": (1, 16, 256, 4096)}},
+            "mixers": {"longnet": {"segments": (256, 16384, 1048576), "dilations": (1, 64, 4096)}},
             "train": {"steps": 6, "batch": 1, "log_every": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-            "checkpoint": {"every": 0},
+            "checkpoint": {"every": 2},
             "evaluate": {"every": 0, "batches": 1},
         }
     return config

@@ -24,7 +24,7 @@ def get_config():
             "mixers": {"mamba": {"state": 8}},
             "train": {"steps": 6, "batch": 1, "log_every": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-            "checkpoint": {"every": 0},
+            "checkpoint": {"every": 2},
             "evaluate": {"every": 0, "batches": 1},
         }
     return config

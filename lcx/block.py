@@ -17,7 +17,6 @@ from jax import lax
 from lcx import remat
 from lcx.context import SequenceContext, TokenChunk
 from lcx.dims import Sizes
-from lcx.ffn.none import NoFeedForward
 from lcx.initializers import vector
 from lcx.ops.norm import rms_norm
 from lcx.ops.types import contiguous
@@ -129,7 +128,7 @@ class Block(nnx.Module):
 
     @property
     def _has_ffn(self) -> bool:
-        return not isinstance(self.ffn, NoFeedForward)
+        return bool(self.ffn.weights())
 
     def _ffn_weights(self) -> dict[str, Any]:
         return {} if not self._has_ffn else {"ffn_norm_D": self.ffn_norm_D, "ffn": self.ffn.weights()}

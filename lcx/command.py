@@ -59,12 +59,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def status(run: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Runs a command: 0 on success, 2 after one line on the user's mistake; a failure of ours goes on as an exception."""
+    """Runs a command: 0 on success, 2 after one line on the user's mistake, 130 after Ctrl-C; a failure of ours is raised."""
     try:
         return run(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
 
 
 def main(run: Callable[[list[str]], int | None]) -> None:

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import traceback
@@ -117,7 +118,8 @@ def load_file(path: str) -> ml_collections.ConfigDict:
     name, _, argument = path.partition(":")
     file = pathlib.Path(name)
     if not file.is_file():
-        beside = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        others = file.parent.glob("*.py") if file.parent.is_dir() else ()
+        beside = sorted(str(p) for p in others if "def get_config" in p.read_text())
         raise registry.unknown("--config", name, beside or ["a Python file such as configs/tiny.py"])
     spec = importlib.util.spec_from_file_location(f"lcx_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
@@ -207,7 +209,7 @@ def parse(text: str, kind: type) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(re.sub(r"\binf\b", "1e999", text))
     except (ValueError, SyntaxError):
         value = tuple(part.strip() for part in text.split(",") if part.strip()) if kind is tuple else text
     if kind is tuple and value is not None and not isinstance(value, tuple):
@@ -250,5 +252,8 @@ def typed(config_class: type, values: Any, field: str) -> Any:
             value = values[name] = tuple(value)
         if value is None or not fits(value, kind):
             raise UserError(f"{field}.{name}={value!r} is not of type {kind.__name__}")
+        # A part's numbers; those of the run's own blocks have ranges (`lcx.experiment.RANGES`).
+        if "." in field and kind is float and not math.isfinite(value):
+            raise UserError(f"{field}.{name}={value!r} must be finite")
         values[name] = float(value) if kind is float else value
     return config_class(**values)

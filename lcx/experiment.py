@@ -49,6 +49,7 @@ POSITIVE = Range(0, above=True)
 
 # Field -> its range. A field left at None is not compared.
 RANGES: dict[str, Range] = {
+    "run.seed": Range(0, 2**63, below=True),
     "sequence.length": Range(1, 2**30),  # to where rotary angles are exact
     "model.layers": Range(1),
     "model.dim": Range(1),
@@ -174,6 +175,9 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     run = config.typed(config.RunConfig, {name: conf[name] for name in top}, "config")
     if not run.pattern:
         raise UserError(f"config.pattern=() must name a layer kind (valid: {', '.join([*conf.layers, *MIXERS])})")
+    for name in run.pattern:
+        if not isinstance(name, str):
+            raise registry.unknown("config.pattern entry", name, [*conf.layers, *MIXERS])
     mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes) if devices is None else devices)
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     layout = stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"])
@@ -274,7 +278,7 @@ def check(experiment: Experiment) -> list[str]:
         of_block, _, name = field.rpartition(".")
         value = getattr(rope if of_block == "posencs.rope" else getattr(e, of_block), name)
         if value is not None and (wanted := valid.refuses(value)):
-            problems.append(f"{field}={value} must be {wanted}")
+            problems.append(f"{field.removeprefix('run.')}={value} must be {wanted}")
     if e.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         problems.append("track.tensorboard=True needs the extra: pip install 'lcx[tensorboard]'")
     if problems:

@@ -19,9 +19,9 @@ def vector(dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32), dims=dims)
 
 
-def uniform(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], bound: float) -> nnx.Param:
-    """Evenly spread over (-bound, bound)."""
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound), dims=dims)
+def uniform(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], bound: float, *, decay: bool = True) -> nnx.Param:
+    """Evenly spread over (-bound, bound); `decay=False` for a bias of several dims."""
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound), dims=dims, decay=decay)
 
 
 def step_size_bias(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], least: float, most: float) -> nnx.Param:

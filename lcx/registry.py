@@ -35,7 +35,7 @@ def load(table: Mapping[str, str], name: str, *, field: str) -> Any:
     Raises:
       UserError: the name is not in the table.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown(field, name, table)
     module, _, attribute = table[name].partition(":")
     loaded = importlib.import_module(module)

@@ -23,8 +23,9 @@ def candidates(name: str) -> tuple[str, ...]:
 def policy(name: str):
     """A policy of `jax.checkpoint`.
 
-    none keeps everything; attention layer inputs and the output of attention or recurrence, so that the forward ring or scan is
-    not replayed; minimal layer inputs only; auto is the first of its candidates, unless a run has replaced it by another.
+    none keeps everything but what chunks of tokens compute again; attention keeps layer inputs and the output of attention or
+    recurrence, so that the forward ring or scan is not replayed; minimal keeps layer inputs only; auto is the first of its
+    candidates, unless a run has replaced it by another.
     """
     if name not in NAMES:
         raise unknown("block.remat", name, NAMES)

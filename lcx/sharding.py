@@ -35,6 +35,8 @@ def parameter_spec(dims: str) -> PartitionSpec:
     """The partition of a parameter with these logical dimensions; vectors (norm scales, biases) are replicated."""
     if len(dims.removeprefix("L")) < 2:
         return PartitionSpec()
+    if "D" not in dims:  # the maps of a recurrence: nothing else is wide enough to spread
+        return PartitionSpec(*(("tensor", "fsdp", "seq") if dim == "E" else PARAMETER_AXES.get(dim) for dim in dims))
     return PartitionSpec(*(PARAMETER_AXES.get(dim) for dim in dims))
 
 

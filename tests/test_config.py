@@ -437,8 +437,8 @@ def test_the_example_of_the_readme_loads(tmp_path):
     file.write_text(example)
     loaded = experiment.load(str(file), {}, devices=8)
     assert loaded.mesh_sizes == dict(data=1, fsdp=2, seq=1, tensor=4)
-    assert [kind.name for kind in loaded.pattern] == ["local", "local", "local", "ring"]
-    assert loaded.pattern[0].mixer_config.window == (4095, 0)
+    assert [kind.name for kind in loaded.pattern] == ["mamba", "mamba", "local", "ring"]
+    assert loaded.pattern[2].mixer_config.window == (4095, 0)
 
 
 def test_auto_layout_is_what_most_entries_of_the_pattern_like_best(config_file):

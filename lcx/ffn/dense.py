@@ -35,7 +35,7 @@ class Dense(nnx.Module):
     @staticmethod
     def inner_width(config: Config, D: int) -> int:
         """F."""
-        return config.width or 4 * D
+        return config.width if config.width is not None else 4 * D
 
     def weights(self) -> dict[str, nnx.Param]:
         """Name -> parameter."""

@@ -36,7 +36,7 @@ class Gated(nnx.Module):
     @staticmethod
     def inner_width(config: Config, D: int) -> int:
         """F."""
-        return config.width or -(-8 * D // (3 * 128)) * 128
+        return config.width if config.width is not None else -(-8 * D // (3 * 128)) * 128
 
     def weights(self) -> dict[str, nnx.Param]:
         """Name -> parameter."""

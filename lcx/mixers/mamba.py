@@ -8,17 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx import registry
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, step_size_bias, undecayed, uniform
 from lcx.mixers import Caps
+from lcx.mixers.recurrent import LINEAR, channel_problems, recurrence_problems, tokens_of
 from lcx.parallel.recurrences import causal_conv, selective_scan
 from lcx.sharding import tokenwise
-from pallas_kernels import KERNELS
-
-# Standard deviation of torch's linear layers, with which the published models start: uniform in 1 / sqrt(fan in).
-LINEAR = 3**-0.5
 
 
 class Mamba(nnx.Module):
@@ -62,8 +58,7 @@ class Mamba(nnx.Module):
         """What stands against this mixer at this size, one line each."""
         problems = recurrence_problems(config, "selective_scan", length, mesh)
         E = config.expand * sizes.D
-        if E % mesh["tensor"]:
-            problems.append(f"expand*model.dim={E} does not divide over mesh.tensor={mesh['tensor']}")
+        problems += channel_problems(E, mesh)
         if config.dt_rank is not None and config.dt_rank < 1:
             problems.append(f"dt_rank={config.dt_rank} must be at least 1, or None")
         return problems
@@ -132,26 +127,3 @@ class Mamba(nnx.Module):
     @staticmethod
     def _output(w: dict[str, jax.Array], y_BSE: jax.Array) -> jax.Array:
         return y_BSE @ w["out_ED"].astype(y_BSE.dtype)
-
-
-def recurrence_problems(config: Any, op: str, length: int, mesh: dict[str, int]) -> list[str]:
-    """What is wrong with a recurrent mixer's sizes, step sizes or the name of its implementation."""
-    problems = [f"{name}={getattr(config, name)} must be at least 1" for name in ("expand", "state", "conv")]
-    problems = [line for line in problems if getattr(config, line.partition("=")[0]) < 1]
-    if not 0 < config.dt_min <= config.dt_max:
-        problems.append(f"dt_min={config.dt_min} and dt_max={config.dt_max} must be above 0, the first no larger")
-    if (shard := length // mesh["seq"]) < config.conv - 1:
-        problems.append(
-            f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; use fewer devices on seq"
-        )
-    implementations = ("auto", *KERNELS[op])
-    if config.implementation not in implementations:
-        problems.append(str(registry.unknown("implementation", config.implementation, implementations)))
-    return problems
-
-
-def tokens_of(ctx: SequenceContext) -> jax.Array:
-    """fp32 number of tokens that are not padding."""
-    if ctx.segments_BS is None:
-        return jnp.float32(ctx.positions_BS.size)
-    return jnp.sum((ctx.segments_BS > 0).astype(jnp.float32))

@@ -12,7 +12,7 @@ from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, step_size_bias, undecayed, uniform, vector
 from lcx.mixers import Caps
-from lcx.mixers.mamba import LINEAR, recurrence_problems, tokens_of
+from lcx.mixers.recurrent import LINEAR, channel_problems, recurrence_problems, tokens_of
 from lcx.ops.norm import rms_norm
 from lcx.parallel.recurrences import causal_conv, ssd
 from lcx.sharding import tokenwise
@@ -69,6 +69,7 @@ class Mamba2(nnx.Module):
         """What stands against this mixer at this size, one line each."""
         problems = recurrence_problems(config, "ssd", length, mesh)
         E, tensor = config.expand * sizes.D, mesh["tensor"]
+        problems += channel_problems(E, mesh)
         if config.head_dim < 1 or E % config.head_dim:
             return [*problems, f"head_dim={config.head_dim} must divide expand*model.dim={E}"]
         H = E // config.head_dim
@@ -76,10 +77,13 @@ class Mamba2(nnx.Module):
             problems.append(f"groups={config.groups} must divide the {H} heads")
         elif config.groups % tensor:
             problems.append(f"groups={config.groups} does not divide over mesh.tensor={tensor}")
+        if config.norm_eps <= 0:
+            problems.append(f"norm_eps={config.norm_eps} must be above 0")
         if config.chunk is not None and config.chunk < 1:
             problems.append(f"chunk={config.chunk} must be at least 1, or None")
         limit = config.dt_limit
-        if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
+        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in limit)
+        if not numbers or len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
             problems.append(f"dt_limit={limit} must be two numbers, 0 <= least <= greatest")
         return problems
 
@@ -99,8 +103,14 @@ class Mamba2(nnx.Module):
         self.C_DGN = matrix(rngs, "DGN", (D, G, N), fan_in=D, gain=LINEAR)
         self.dt_DH = matrix(rngs, "DH", (D, H), fan_in=D, gain=LINEAR)
         self.conv_x_EW, self.conv_x_E = uniform(rngs, "EW", (E, W), W**-0.5), uniform(rngs, "E", (E,), W**-0.5)
-        self.conv_B_GNW, self.conv_B_GN = uniform(rngs, "GNW", (G, N, W), W**-0.5), uniform(rngs, "GN", (G, N), W**-0.5)
-        self.conv_C_GNW, self.conv_C_GN = uniform(rngs, "GNW", (G, N, W), W**-0.5), uniform(rngs, "GN", (G, N), W**-0.5)
+        self.conv_B_GNW, self.conv_B_GN = (
+            uniform(rngs, "GNW", (G, N, W), W**-0.5),
+            uniform(rngs, "GN", (G, N), W**-0.5, decay=False),
+        )
+        self.conv_C_GNW, self.conv_C_GN = (
+            uniform(rngs, "GNW", (G, N, W), W**-0.5),
+            uniform(rngs, "GN", (G, N), W**-0.5, decay=False),
+        )
         self.dt_bias_H = step_size_bias(rngs, "H", (H,), config.dt_min, config.dt_max)
         self.A_log_H = undecayed(jnp.log(jax.random.uniform(rngs.params(), (H,), jnp.float32, 1.0, 16.0)), "H")
         self.D_H = undecayed(jnp.ones(H), "H")

@@ -74,13 +74,19 @@ class Rope:
     def __init__(self, config: Config, head_width: int):
         self.config = config
         self.width = int(head_width * config.fraction)
-        if self.width < 2 or self.width % 2:
+        if self.width < 2 or self.width % 2 or config.fraction > 1:
             raise UserError(
                 f"posencs.rope.fraction={config.fraction} turns {self.width} of {head_width} head dimensions; "
-                "that must be even and at least 2"
+                "that must be even, at least 2 and no more than there are"
             )
         if config.scaling not in SCALINGS:
             raise unknown("posencs.rope.scaling", config.scaling, SCALINGS)
+        low, high = config.low_frequency_factor, config.high_frequency_factor
+        if config.factor <= 0 or not 0 < low < high or config.original_length < 1:
+            raise UserError(
+                f"posencs.rope: factor={config.factor}, low_frequency_factor={low}, high_frequency_factor={high} and "
+                f"original_length={config.original_length} must be above 0, and the low factor below the high one"
+            )
         frequency = frequencies(self.width, config.theta)
         if config.scaling == "llama3":
             frequency = llama3_scaling(

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -31,12 +32,15 @@ FREE_FIELDS = (
     "loss.chunk",
     "data.cache_dir",
     "train.accumulate",
+    "train.init_from",
     "train.log_every",
     "train.max_bad_steps",
     "evaluate.",
     "checkpoint.",
     "track.",
 )
+# Of layers: which implementation, in which chunks, over which groups of devices.
+FREE_ENDINGS = (".implementation", ".chunk", ".ulysses_degree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +63,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
     A field that did not exist when the checkpoint was written had the value that is its default now.
     """
-    free = lambda field: (
-        field.endswith(".implementation") or any(field.startswith(f) if f.endswith(".") else field == f for f in FREE_FIELDS)
-    )
+    named = lambda field: any(field.startswith(f) if f.endswith(".") else field == f for f in FREE_FIELDS)
+    free = lambda field: named(field) or field.endswith(FREE_ENDINGS)
     values, defaults = current["values"], current["defaults"]
     then = lambda field: saved["values"].get(field, defaults.get(field, "absent"))
     now = lambda field: values[field] if field in values else "absent"
@@ -125,7 +128,7 @@ class Checkpoints:
         return Found(step, meta["loader"], tuple(rejected))
 
     def restore(self, step: int, wanted: TrainState) -> TrainState:
-        """The state of a checkpoint that `find` found; newer ones, which are damaged, are removed.
+        """The state of a checkpoint that `find` found; newer ones, which are damaged, are moved to checkpoints-damaged.
 
         Args:
           step: its step.
@@ -162,10 +165,12 @@ class Checkpoints:
             )
 
     def _discard_after(self, step: int) -> None:
-        """Removes damaged newer steps, whose numbers the continued run will need."""
+        """Moves damaged newer steps aside, whose numbers this run will need: what cannot be read today may be tomorrow."""
         for newer in [s for s in self._manager.all_steps() if s > step]:
             if jax.process_index() == 0:
-                shutil.rmtree(self._directory / str(newer), ignore_errors=True)
+                aside = self._directory.with_name(f"{self._directory.name}-damaged") / f"{newer}-{time.time_ns()}"
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self._directory / str(newer), aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are gone")
         self._manager.reload()

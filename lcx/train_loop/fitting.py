@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lcx import remat
@@ -67,6 +69,8 @@ def compile_fitting(
         except jax.errors.JaxRuntimeError as error:
             if (missing := out_of_memory(error)) is None:
                 raise
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(missing is not None)).any():
+            missing = missing or "does not fit on the devices of another process"
         if missing is None:
             return Fitted(tried, plan, step, needed)
         if keep != policies[-1]:

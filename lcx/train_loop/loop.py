@@ -176,6 +176,8 @@ class Run:
             return {"ending": ending, "step": step}
         held_out = self._evaluate(state, eval_fn)
         self._log(step, _prefixed(held_out))
+        if ending == "finished" and (int(state.skipped) == step or not math.isfinite(held_out["loss"])):
+            ending = "diverged"
         summary = {
             "ending": ending,
             "step": step,

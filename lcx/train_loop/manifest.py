@@ -36,7 +36,12 @@ def damage(directory: pathlib.Path) -> str | None:
         expected = json.loads((directory / NAME).read_text())
     except (OSError, ValueError):
         return f"{directory / NAME} is missing or unreadable"
-    actual = _digests(directory)
+    if not isinstance(expected, dict) or not expected:
+        return f"{directory / NAME} lists no files"
+    try:
+        actual = _digests(directory)
+    except OSError as error:
+        return f"{error.filename or directory} cannot be read ({error.strerror or error})"
     for name, digest in expected.items():
         if name not in actual:
             return f"{directory / name} is missing"

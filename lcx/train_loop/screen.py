@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lcx.experiment import Experiment
 
@@ -37,7 +38,7 @@ def duration(seconds: float) -> str:
 
 def _table(title: str) -> Table:
     """Two columns without a header; long values go on in the next line."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     return table
@@ -78,7 +79,7 @@ class Screen:
             "files": workdir,
         }
         for name, value in rows.items():
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
         self.console.print(table)
 
     def start(self, step: int) -> None:
@@ -137,15 +138,15 @@ class Screen:
             if f"{name}_peak_bytes" in summary:
                 table.add_row(f"{name} memory", f"{gib(summary[f'{name}_peak_bytes'])} at most")
         for name in ("metrics.jsonl", "run.json", "summary.json", "checkpoints"):
-            table.add_row(name, str(workdir / name))
+            table.add_row(name, Text(str(workdir / name)))
         self.console.print(table)
         if summary["ending"] == "diverged":
             self.say(
-                f"DIVERGED: {experiment.train.max_bad_steps} steps in a row had a non-finite loss or gradient and were skipped; "
-                f"the parameters are those after the last good step. Try a lower optimizer.learning_rate in another --workdir."
+                "DIVERGED: steps had a non-finite loss or gradient and were skipped, or the held-out loss is not finite; "
+                "the parameters are those after the last good step. Try a lower optimizer.learning_rate in another --workdir."
             )
         elif experiment.scale == "rehearsal":
-            longer = again("sequence.length=4096")
+            longer = again(f"sequence.length={2 * experiment.sequence.length}")
             self.say(f"Next: the same command on accelerators runs the real experiment; here, longer: {longer}")
         else:
             self.say(f"Next: change a field, e.g. {again('optimizer.learning_rate=1e-3')}")

@@ -55,7 +55,8 @@ def make_train_step(
         ctx = context(batch, experiment, mesh)
         total, weight = model.loss(batch["tokens_BS"], batch["labels_BS"], batch["weights_BS"], ctx, objective=experiment.loss)
         layers = [(kind, len(range(i, plan.sizes.L, len(experiment.pattern)))) for i, kind in enumerate(experiment.pattern)]
-        flops = sum(count * kind.mixer.score_flops(kind.mixer_config, plan.sizes, ctx) for kind, count in layers)
+        seen = lambda kind: kind.mixer.score_flops(kind.mixer_config, plan.sizes, ctx.in_layout(kind.layout_in(ctx.layout)))
+        flops = sum(count * seen(kind) for kind, count in layers)
         return total, (weight, flops, jnp.sum(batch["segments_BS"] > 0))
 
     grad_of = jax.value_and_grad(sum_loss, has_aux=True)
