@@ -178,7 +178,12 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     for name in run.pattern:
         if not isinstance(name, str):
             raise registry.unknown("config.pattern entry", name, [*conf.layers, *MIXERS])
-    mesh_sizes = mesh.resolve_sizes(axes, _device_count(axes) if devices is None else devices)
+    available = jax.device_count() if devices is None else devices
+    if run.scale == "rehearsal":
+        axes = _shrunk(axes, available)
+    if devices is None or run.scale == "rehearsal":
+        available = _used(axes, available, anywhere=run.scale == "rehearsal")
+    mesh_sizes = mesh.resolve_sizes(axes, available)
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     layout = stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"])
     if blocks["sequence"].layout == "auto" and mesh_sizes["seq"] > 1:
@@ -204,15 +209,20 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     return experiment
 
 
-def _device_count(axes: dict[str, int]) -> int:
-    """Every device on an accelerator; on a CPU host, whose devices are virtual, as many as the axes ask for."""
-    available = jax.device_count()
-    if jax.default_backend() != "cpu" or jax.process_count() > 1 or -1 in axes.values():
+def _shrunk(axes: dict[str, int], available: int) -> dict[str, int]:
+    """A rehearsal's mesh with as many devices on `seq` as there are, where it states more."""
+    others = math.prod(size for axis, size in axes.items() if axis != "seq")
+    if -1 in axes.values() or others * axes["seq"] <= available or others > available:
+        return axes
+    return axes | {"seq": available // others}
+
+
+def _used(axes: dict[str, int], available: int, anywhere: bool) -> int:
+    """How many devices: all on accelerators; on a CPU host, whose devices are virtual, and in a rehearsal what the axes ask."""
+    virtual = jax.default_backend() == "cpu" and jax.process_count() == 1
+    if -1 in axes.values() or not (virtual or anywhere):
         return available
-    wanted = 1
-    for size in axes.values():
-        wanted *= size
-    return min(wanted, available)
+    return min(math.prod(axes.values()), available)
 
 
 def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str) -> model.LayerKind:

@@ -423,6 +423,16 @@ def test_every_committed_config_loads_at_full_scale_and_in_rehearsal(path, monke
         assert {kind.mixer for kind in auto.pattern} == {kind.mixer for kind in full.pattern}
 
 
+@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("path", [path for path in committed() if path.endswith(("256k.py", "_1m.py"))], ids=named)
+def test_every_rehearsal_loads_on_any_host(path, devices, monkeypatch):
+    """The remedy that a run out of memory names: on accelerators too, whose number no config knows."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    rehearsal = experiment.load(path, {"scale": "rehearsal"})
+    assert math.prod(rehearsal.mesh_sizes.values()) <= devices
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["bpt_256k", "mst_1m", "ring_1m", "tiny"])
 def test_an_experiment_that_needs_no_pod_loads_on_one_host(name, devices):

@@ -198,3 +198,22 @@ def test_mistakes_are_one_line(mesh_of):
         with pytest.raises(UserError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Hidden states of 2^31 + 2^21 elements: the losses and gradients at the end are those of the end alone."""
+    S, D, V, tail = 2**21 + 2**11, 1024, 8, 2**11
+    w_DV = jax.random.normal(jax.random.key(0), (D, V), jnp.float32) / 32
+    block = jax.random.normal(jax.random.key(1), (tail, D), jnp.float32).astype(jnp.bfloat16)
+    x_BSD = jnp.tile(block, (S // tail, 1))[None]
+    labels_BS = jnp.tile(jnp.arange(tail, dtype=jnp.int32) % V, S // tail)[None]
+    weights_BS = (jnp.arange(S) >= S - tail).astype(jnp.float32)[None]
+    assert x_BSD.size > 2**31
+    loss = lambda x, labels, weights: linear_cross_entropy(x, w_DV, labels, weights)[0]
+    value, dx = jax.value_and_grad(loss)(x_BSD, labels_BS, weights_BS)
+    last = slice(S - tail, S)
+    alone, dx_alone = jax.value_and_grad(loss)(x_BSD[:, last], labels_BS[:, last], weights_BS[:, last])
+    assert_close(value, alone)
+    assert_close(dx[:, last].astype(jnp.float32), dx_alone.astype(jnp.float32), gradient=True)
+    assert not dx[:, : S - tail].any()

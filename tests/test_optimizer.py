@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from lcx import registry
 from lcx.experiment import sizes_of
 from lcx.mesh import make_mesh
+from lcx.mixers import MIXERS
 from lcx.registry import UserError
 from lcx.sharding import ParameterInfo, parameter_shardings
 from lcx.train_loop import optimizer as optimizers
@@ -272,3 +274,18 @@ def test_moments_live_beside_their_parameters_and_scalars_everywhere(planned, na
             assert leaf.size < 64 and leaf.sharding.is_fully_replicated, (path, leaf.shape, leaf.sharding)
     assert beside == set(by_name)
     assert any(not place.is_fully_replicated for _, place in by_name.values())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_biases_and_rates_of_every_mixer_are_no_matrices_and_not_decayed(mixer):
+    """By name: what ends in one letter, the biases of convolutions and the rates of decay."""
+    part = registry.load(MIXERS, mixer, field="mixer").tiny()
+    fields = {f"mixers.{mixer}.{name}": value for name, value in part.items()}
+    e = small(pattern=(mixer,), **fields)
+    infos = jax.tree_util.tree_leaves_with_path(plan_model(e, sizes_of(e, 64)).infos)
+    plain = lambda name: len(name.rpartition("_")[2]) == 1 or name.startswith("A_log") or name in ("conv_B_GN", "conv_C_GN")
+    for path, info in infos:
+        name = path[-1].key
+        if plain(name):
+            assert label(info) == "vector" and not decayed(info), name
+        assert muon_dimensions(info) is None or not plain(name)

@@ -13,7 +13,7 @@ from flax import nnx
 from lcx.planning import memory
 from lcx.pretrained import load_params
 from lcx.registry import UserError
-from lcx.train_loop import checkpoint, fitting, loop, record, step
+from lcx.train_loop import checkpoint, fitting, loop, manifest, record, step
 from lcx.train_loop.identity import identity
 from lcx.train_loop.workdir import claim
 from tests.experiments import small
@@ -154,6 +154,30 @@ def test_a_flipped_bit_falls_back_to_the_last_good_step(run_of, capsys):
     run_of().train()
     assert "does not match its checksum" in capsys.readouterr().out
     assert logged(workdir) == losses
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_kept(run_of, capsys, monkeypatch):
+    """A failing disk: the run goes on from the step before, and what it could not read is moved, not deleted."""
+    run_of().train()
+    workdir, digest = run_of().workdir, manifest._digest
+    losses = logged(workdir)
+
+    def failing(file):
+        if "/8/" in str(file):
+            raise OSError(5, "Input/output error", str(file))
+        return digest(file)
+
+    monkeypatch.setattr(manifest, "_digest", failing)
+    run_of(train__log_every=1).train()
+    assert "cannot be read (Input/output error)" in capsys.readouterr().out
+    assert logged(workdir) == losses
+    assert [path.name.split("-")[0] for path in (workdir / "checkpoints-damaged").iterdir()] == ["8"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", "not json"])
+def test_a_manifest_that_lists_nothing_is_damage(tmp_path, content):
+    (tmp_path / manifest.NAME).write_text(content)
+    assert manifest.damage(tmp_path)
 
 
 def test_only_damaged_checkpoints_are_an_error(run_of):

@@ -210,3 +210,26 @@ def test_a_hybrid_is_the_same_sharded_and_converts_where_layouts_meet():
     expected, expected_grads = loss_and_gradients(True, **HYBRID)
     assert_close(value, expected, name="loss")
     assert_trees_close(grads, expected_grads, gradient=True)
+
+
+def pad_the_end(arrays):
+    """The last nine tokens of every row are padding."""
+    keep = jnp.arange(LENGTH)[None] < LENGTH - 9
+    return arrays | {name: arrays[name] * keep for name in ("segments_BS", "weights_BS", "positions_BS")}
+
+
+@pytest.mark.parametrize("pattern", [("ring",), ("mamba",)])
+def test_rows_of_one_document_need_no_ids(pattern):
+    """packing=stream leaves them out; loss and gradients are those with them, padding at the end included."""
+    fields = dict(pattern=pattern, mesh__seq=4, change=pad_the_end)
+    value, grads = loss_and_gradients(data__packing="stream", **fields)
+    expected, expected_grads = loss_and_gradients(data__packing="concat", **fields)
+    assert_close(value, expected, name="loss")
+    assert_trees_close(grads, expected_grads, gradient=True)
+
+
+def test_only_causal_rows_of_one_document_go_without_ids():
+    ids = lambda **fields: context(batch(False), small(**fields), make_mesh()).segments_BS
+    assert ids(data__packing="stream", pattern=("blockwise",)) is None
+    assert ids(data__packing="concat", pattern=("blockwise",)) is not None
+    assert ids(data__packing="stream", pattern=("blockwise",), mixers__blockwise__causal=False) is not None

@@ -27,8 +27,14 @@ def in_stream_layout(batch: Batch, experiment: Experiment, mesh: Mesh) -> Batch:
 
 
 def context(batch: Batch, experiment: Experiment, mesh: Mesh) -> SequenceContext:
-    """The context of a batch that stands in the stream's layout."""
-    return SequenceContext(batch["positions_BS"], batch["segments_BS"], experiment.layout, mesh)
+    """The context of a batch that stands in the stream's layout.
+
+    A row of `data.packing=stream` is one document, and what pads the last row comes last: where no layer looks ahead nobody needs
+    document ids, and attention is spared their comparison and a window with sinks most of its hops.
+    """
+    looks_ahead = any(not getattr(kind.mixer_config, "causal", True) for kind in experiment.pattern)
+    one_document = experiment.data.packing == "stream" and not looks_ahead
+    return SequenceContext(batch["positions_BS"], None if one_document else batch["segments_BS"], experiment.layout, mesh)
 
 
 def parts(batch: Batch, count: int, rows: int) -> Batch:
