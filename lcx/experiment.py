@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -283,6 +284,8 @@ def check(experiment: Experiment) -> list[str]:
     rows, shards = e.mesh_sizes["data"] * e.mesh_sizes["fsdp"], e.mesh_sizes["seq"]
     owners = e.mesh_sizes["fsdp"] * shards
     problems = [str(registry.unknown(field, name, valid)) for field, name, valid in _names(e) if name not in valid]
+    if not re.fullmatch(r"\w[\w.\-]*", e.run.name):
+        problems.append(f"name={e.run.name!r} must be letters, digits, '_', '-' and '.': it names the run's folder")
     rope = next((kind.posenc_config for kind in e.pattern if kind.posenc is Rope), Rope.Config())
     for field, valid in RANGES.items():
         of_block, _, name = field.rpartition(".")

@@ -228,6 +228,8 @@ def test_a_mistake_in_a_layer_kind_names_its_field(config_file, mistake, kind, p
         (["--config.optimizer.name=adam"], ["optimizer.name='adam'", "did you mean 'adamw'", "muon"]),
         (["--config.optimizer.schedule=cosin"], ["optimizer.schedule='cosin'", "did you mean 'cosine'", "wsd"]),
         (["--config.sequence.layout=zig"], ["sequence.layout='zig'", "did you mean 'zigzag'", "striped"]),
+        (["--config.name="], ["name=''", "letters"]),
+        (["--config.name=../up"], ["name='../up'", "letters"]),
         (["--config.block.remat=mini"], ["block.remat='mini'", "did you mean 'minimal'"]),
         (["--config.track.wandb=of"], ["track.wandb='of'", "offline"]),
         (["--config.model.dtype=bfloat"], ["model.dtype='bfloat'", "did you mean 'bfloat16'"]),

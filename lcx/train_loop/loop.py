@@ -140,6 +140,7 @@ class Run:
                     self.throughput.start()
                 if last or due(e.checkpoint.every):
                     checkpoints.save(step, state, position)
+                    self.throughput.start()
                 if ending != "finished":
                     break
         return state, ending
