@@ -125,16 +125,20 @@ def test_killed_asked_to_stop_and_continued_is_bit_for_bit_the_same(start, whole
 
 @pytest.mark.slow
 def test_killed_over_and_over_it_ends_bit_for_bit_the_same(start, whole):
-    """Moments drawn at random from before the first step to the end, every other one inside a save."""
-    rng = np.random.default_rng(int(time.time()))
-    for attempt in range(8):
+    """Moments drawn at random from before the first step on, every other one inside a save."""
+    rng, kills = np.random.default_rng(int(time.time())), 0
+    while kills < 6:
         process = start("often")
-        if attempt % 2:
+        if kills % 2 == 0:
             kill_in_a_save(process)
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=rng.uniform(2, 25))
+                process.wait(timeout=rng.uniform(1, 9))
+            if process.poll() is not None:  # it came to its end before
+                break
             kill(process)
+        kills += 1
+    assert kills >= 2
     process = start("often")
     finish(process)
     assert losses(process.workdir) == whole
