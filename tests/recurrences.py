@@ -1,13 +1,10 @@
-"""What the tests of the recurrences share: results by name, comparisons that must also be able to fail, cuts into shards."""
-
-import functools
+"""What the tests of the recurrences share: results by name and comparisons that must also be able to fail."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.ops.recurrence import apply, compose
 from tests.tolerance import assert_close
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -59,30 +56,3 @@ def breaks(run, arrays, segments, cotangents, expected):
     for arguments in changed:
         with pytest.raises(AssertionError):
             compare(run(*arguments), expected)
-
-
-def part_of(x, part, dim=1):
-    return x if x is None else x[(slice(None),) * dim + (part,)]
-
-
-def over_shards(backend, spec, shards, rate, cotangents, initial):
-    """A scan over shards in a row, as devices would do it: summaries, prefix, scan; backward, the mirror image.
-
-    Returns:
-      ([y], final state, [gradients], gradient of the initial state).
-    """
-    call = lambda f: jax.jit(functools.partial(f, spec=spec), compiler_options=QUICK)
-    summary, forward, backward, reverse = map(call, (backend.summary, backend.forward, backend.backward, backend.reverse_summary))
-    maps = [summary(shard) for shard in shards]
-    prefix, states = None, []
-    for stretch in maps:
-        states.append(initial if prefix is None else apply(prefix, initial, rate))
-        prefix = stretch if prefix is None else compose(prefix, stretch, rate)
-    done = [forward(shard, state) for shard, state in zip(shards, states)]
-    back = [reverse(shard, dy) for shard, dy in zip(shards, cotangents[0])]
-    after, suffix = [], None
-    for stretch in back[::-1]:
-        after.append(cotangents[1] if suffix is None else apply(suffix, cotangents[1], rate))
-        suffix = stretch if suffix is None else compose(suffix, stretch, rate)
-    grads = [backward(shard, d[2], dy, g) for shard, d, dy, g in zip(shards, done, cotangents[0], after[::-1])]
-    return [d[0] for d in done], done[-1][1], [g[0] for g in grads], grads[0][1]

@@ -72,10 +72,10 @@ def test_the_forward_ring_is_not_replayed_when_attention_is_kept():
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 def test_the_forward_scan_is_not_replayed_when_its_output_is_kept(mixer, shards):
-    """Loop turns a step takes: the scan runs once more, and over devices its summary too, where only layer inputs are kept."""
+    """Exponentials, one for each decay: where only layer inputs are kept the scan runs again, over devices its summary too."""
     fields = dict(pattern=(mixer,), ffn="none", mesh__seq=shards, model__layers=2, sequence__length=64)
-    turns = lambda keep: sum(op.times for op in operations(program(block__remat=keep, **fields)) if op.kind == "exponential")
-    assert turns("attention") < turns("minimal")
+    decays = lambda keep: sum(op.times for op in operations(program(block__remat=keep, **fields)) if op.kind == "exponential")
+    assert decays("attention") < decays("minimal")
 
 
 def gathers(text: str) -> list[int]:

@@ -14,11 +14,9 @@ import pytest
 from jax import lax
 
 from lcx.ops import selective_scan_chunked as chunked
-from lcx.ops import selective_scan_reference as reference
-from lcx.ops.recurrence import marks
-from lcx.ops.selective_scan import Inputs, ScanSpec, rate_1EN, selective_scan
+from lcx.ops.selective_scan import selective_scan
 from lcx.registry import UserError
-from tests.recurrences import QUICK, breaks, compare, normal, over_shards, packed_segments, part_of, runner
+from tests.recurrences import QUICK, breaks, compare, normal, packed_segments, runner
 from tests.tolerance import assert_close
 
 BY_TOKEN = ("u_BSE", "dt_BSE", "B_BSN", "C_BSN", "z_BSE")
@@ -129,35 +127,6 @@ def test_packed_documents_equal_separate_ones(short_chunks):
     padding = segments == 0
     dirty = {name: x if name in shared else np.where(padding[..., None], 7, x).astype(x.dtype) for name, x in packed.items()}
     compare(run(dirty, segments, cotangents), separate)
-
-
-@pytest.mark.parametrize("backend", [chunked, reference], ids=["chunked", "reference"])
-def test_shards_in_a_row_equal_the_whole(backend, short_chunks):
-    """Documents cross the cuts, begin at one, and leave one shard without a beginning."""
-    arrays, _, cotangents = problem(2, 36, 3, 2)
-    segments = np.array([[1] * 12 + [2] * 12 + [3] * 6 + [0] * 6, [1] * 4 + [2] * 30 + [4] * 2], np.int32)
-    expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
-    inputs = Inputs(**{name: x for name, x in arrays.items() if name != "initial_state_BEN"})
-
-    def results(segments):
-        shards, on_y = [], []
-        for start in (0, 12, 24):
-            part = slice(start, start + 12)
-            tokens = {name: part_of(getattr(inputs, name), part) for name in BY_TOKEN}
-            marked = marks(segments[:, part], segments[:, start - 1] if start else None)
-            shards.append(inputs._replace(**tokens, marks=marked))
-            on_y.append(part_of(cotangents[0], part))
-        on = (on_y, cotangents[1])
-        y, final, grads, dinitial = over_shards(backend, ScanSpec(), shards, rate_1EN(inputs), on, arrays["initial_state_BEN"])
-        found = dict(y=jnp.concatenate(y, 1), final=final, dinitial_state_BEN=dinitial)
-        for name in arrays.keys() - {"initial_state_BEN"}:
-            parts = [getattr(g, name) for g in grads]
-            found[f"d{name}"] = jnp.concatenate(parts, 1) if name in BY_TOKEN else sum(parts)
-        return {name: found[name] for name in expected}
-
-    compare(results(segments), expected)
-    with pytest.raises(AssertionError):
-        compare(results(np.where(segments == 4, 2, segments)), expected)
 
 
 def test_bf16_activations():

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 
 from lcx.ops import ssd_chunked as chunked
-from lcx.ops import ssd_reference as reference
-from lcx.ops.recurrence import marks
 from lcx.ops.selective_scan import selective_scan
-from lcx.ops.ssd import Inputs, SsdSpec, rate_1H11, ssd
+from lcx.ops.ssd import ssd
 from lcx.registry import UserError
-from tests.recurrences import QUICK, breaks, compare, normal, over_shards, packed_segments, part_of, runner
+from tests.recurrences import QUICK, breaks, compare, normal, packed_segments, runner
 from tests.tolerance import assert_close
 
 BY_TOKEN = ("x_BSHK", "dt_BSH", "B_BSGN", "C_BSGN")
@@ -116,35 +114,6 @@ def test_packed_documents_equal_separate_ones():
     padding = segments == 0
     fill = lambda x: np.where(padding.reshape(padding.shape + (1,) * (x.ndim - 2)), 7, x).astype(x.dtype)
     compare(run({name: x if name in shared else fill(x) for name, x in packed.items()}, segments, cotangents), separate)
-
-
-@pytest.mark.parametrize("backend", [chunked, reference], ids=["chunked", "reference"])
-def test_shards_in_a_row_equal_the_whole(backend):
-    """Documents cross the cuts, begin at one, and leave one shard without a beginning."""
-    arrays, _, cotangents = problem(2, 36, 2, 3, 1, 2)
-    segments = np.array([[1] * 12 + [2] * 12 + [3] * 6 + [0] * 6, [1] * 4 + [2] * 30 + [4] * 2], np.int32)
-    expected = runner(ssd, implementation="reference")(arrays, segments, cotangents)
-    inputs = Inputs(**{name: x for name, x in arrays.items() if name != "initial_state_BHKN"})
-
-    def results(segments):
-        shards, on_y = [], []
-        for start in (0, 12, 24):
-            part = slice(start, start + 12)
-            marked = marks(segments[:, part], segments[:, start - 1] if start else None)
-            tokens = {name: part_of(getattr(inputs, name), part) for name in BY_TOKEN}
-            shards.append(inputs._replace(**tokens, marks=marked))
-            on_y.append(part_of(cotangents[0], part))
-        on, initial = (on_y, cotangents[1]), arrays["initial_state_BHKN"]
-        y, final, grads, dinitial = over_shards(backend, SsdSpec(chunk=5), shards, rate_1H11(inputs), on, initial)
-        found = dict(y=jnp.concatenate(y, 1), final=final, dinitial_state_BHKN=dinitial)
-        for name in arrays.keys() - {"initial_state_BHKN"}:
-            parts = [getattr(g, name) for g in grads]
-            found[f"d{name}"] = jnp.concatenate(parts, 1) if name in BY_TOKEN else sum(parts)
-        return {name: found[name] for name in expected}
-
-    compare(results(segments), expected)
-    with pytest.raises(AssertionError):
-        compare(results(np.where(segments == 4, 2, segments)), expected)
 
 
 def test_bf16_activations():

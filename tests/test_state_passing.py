@@ -48,18 +48,18 @@ def conv_arrays(B=ROWS, S=LENGTH, E=8):
     return draw(u=(B, S, E), w=(E, 4), bias=(E,), dy=(B, S, E))
 
 
-def run_scan(x, segments, mesh):
+def run_scan(x, segments, mesh, **implementation):
     given, options = [x[name] for name in ("u", "dt", "A", "Bm", "C", "D")], dict(z_BSE=x["z"], dt_bias_E=x["bias"])
     if mesh is None:
         return selective_scan(*given, **options, segments_BS=segments)[0]
-    return recurrences.selective_scan(*given, **options, segments_BS=segments, mesh=mesh)
+    return recurrences.selective_scan(*given, **options, segments_BS=segments, mesh=mesh, **implementation)
 
 
-def run_ssd(x, segments, mesh):
+def run_ssd(x, segments, mesh, **implementation):
     given, options = [x[name] for name in ("u", "dt", "A", "Bm", "C", "D")], dict(dt_bias_H=x["bias"], chunk=8)
     if mesh is None:
         return ssd(*given, **options, segments_BS=segments)[0]
-    return recurrences.ssd(*given, **options, segments_BS=segments, mesh=mesh)
+    return recurrences.ssd(*given, **options, segments_BS=segments, mesh=mesh, **implementation)
 
 
 def run_conv(x, segments, mesh):
@@ -71,16 +71,15 @@ def run_conv(x, segments, mesh):
 OPS = {"selective_scan": (run_scan, scan_arrays), "ssd": (run_ssd, ssd_arrays), "causal_conv": (run_conv, conv_arrays)}
 
 
-def outputs_of(op: str, segments, mesh=None, change=None) -> dict[str, jax.Array]:
+def outputs_of(op: str, segments, mesh=None, **implementation) -> dict[str, jax.Array]:
     """The output and the gradient of every array."""
     run, make = OPS[op]
     arrays = {name: jnp.asarray(x) for name, x in make().items()}
-    arrays = change(arrays) if change else arrays
     dy = arrays.pop("dy")
 
     @jax.jit
     def both(arrays, dy):
-        y, pull = jax.vjp(lambda x: run(x, segments, mesh), arrays)
+        y, pull = jax.vjp(lambda x: run(x, segments, mesh, **implementation), arrays)
         return {"y": y} | {f"d{name}": grad for name, grad in pull(dy)[0].items()}
 
     with jax.set_mesh(mesh or make_mesh()):
@@ -104,6 +103,12 @@ MESHES = [(dict(seq=4), True), (dict(seq=16), True), (dict(seq=8), False), (dict
 @pytest.mark.parametrize("op", OPS)
 def test_equals_one_device(mesh_of, op, sizes, packed):
     compare(outputs_of(op, segments_of() if packed else None, mesh_of(**sizes)), expected_of(op, packed))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "ssd"])
+def test_the_summaries_of_the_reference_serve_as_well(mesh_of, op):
+    """Any backend, through the same five functions."""
+    compare(outputs_of(op, segments_of(), mesh_of(seq=4), implementation="reference"), expected_of(op, True))
 
 
 @pytest.mark.parametrize("op", ["selective_scan", "ssd"])

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
 
 from lcx.dims import Sizes
@@ -25,9 +24,5 @@ class NoFeedForward(nnx.Module):
         return None
 
     def weights(self) -> dict[str, Any]:
-        """None."""
+        """None, by which the block knows."""
         return {}
-
-    def apply(self, w: dict[str, jax.Array], x_BCD: jax.Array) -> jax.Array:
-        """Never called."""
-        raise NotImplementedError

@@ -8,6 +8,9 @@ fused token loop of the block (Blockwise Parallel Transformer) also splits into 
 
 import dataclasses
 
+from lcx import registry
+from pallas_kernels import KERNELS
+
 MIXERS = {
     "full": "lcx.mixers.attention:Full",
     "blockwise": "lcx.mixers.attention:Blockwise",
@@ -38,3 +41,9 @@ class Caps:
     sharded: bool = True
     layouts: tuple[str, ...] = ("contiguous",)
     fused: bool = False
+
+
+def implementation_problems(op: str, name: str) -> list[str]:
+    """Whether an operation has no implementation of that name."""
+    valid = ("auto", *KERNELS[op])
+    return [] if name in valid else [str(registry.unknown("implementation", name, valid))]

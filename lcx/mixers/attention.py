@@ -11,8 +11,8 @@ from lcx import registry
 from lcx.context import SequenceContext, TokenChunk
 from lcx.dims import Sizes
 from lcx.initializers import vector
-from lcx.mixers import Caps
-from lcx.mixers.multi_head import MultiHead, head_problems, implementation_problems
+from lcx.mixers import Caps, implementation_problems
+from lcx.mixers.multi_head import MultiHead, head_problems, softcap_problems
 from lcx.ops.attention import attention
 from lcx.ops.types import AttentionSpec, Mask
 from lcx.parallel import STRATEGIES
@@ -55,7 +55,8 @@ class Attention(MultiHead):
     @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:
         """What stands against this mixer at this size, one line each."""
-        problems = head_problems(sizes, mesh) + implementation_problems(config)
+        problems = head_problems(sizes, mesh) + softcap_problems(config.softcap)
+        problems += implementation_problems("attention", config.implementation)
         sides = config.window or (None, None)
         if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
             problems.append(f"window={config.window} must be (left, right) in tokens, each >= 0 or None")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
-from lcx.mixers import Caps
-from lcx.mixers.multi_head import MultiHead, head_problems, implementation_problems
+from lcx.mixers import Caps, implementation_problems
+from lcx.mixers.multi_head import MultiHead, head_problems, softcap_problems
 from lcx.parallel.dilated import dilated_attention, plan_branches
 from lcx.registry import UserError
 
@@ -52,7 +52,8 @@ class LongNet(MultiHead):
     @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:
         """What stands against this mixer at this size, one line each."""
-        problems = head_problems(sizes, mesh) + implementation_problems(config)
+        problems = head_problems(sizes, mesh) + softcap_problems(config.softcap)
+        problems += implementation_problems("attention", config.implementation)
         try:
             plan_branches(config.segments, config.dilations, length, mesh["seq"])
         except UserError as error:

@@ -11,16 +11,13 @@ from flax import nnx
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, step_size_bias, undecayed, uniform
-from lcx.mixers import Caps
-from lcx.mixers.recurrent import LINEAR, channel_problems, recurrence_problems, tokens_of
+from lcx.mixers.recurrent import LINEAR, Recurrent, channel_problems, recurrence_problems, tokens_of
 from lcx.parallel.recurrences import causal_conv, selective_scan
 from lcx.sharding import tokenwise
 
 
-class Mamba(nnx.Module):
+class Mamba(Recurrent):
     """Projections to E channels and a gate, a short convolution, the selective scan, a projection back."""
-
-    caps = Caps(layouts=("contiguous",))
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -47,11 +44,6 @@ class Mamba(nnx.Module):
     def tiny(cls) -> dict[str, Any]:
         """Config differences for contract tests."""
         return dict(state=4)
-
-    @classmethod
-    def balanced_layout(cls, config: Config) -> str | None:
-        """None: every device has the same work."""
-        return None
 
     @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:

@@ -11,8 +11,7 @@ from flax import nnx
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, step_size_bias, undecayed, uniform, vector
-from lcx.mixers import Caps
-from lcx.mixers.recurrent import LINEAR, channel_problems, recurrence_problems, tokens_of
+from lcx.mixers.recurrent import LINEAR, Recurrent, channel_problems, recurrence_problems, tokens_of
 from lcx.ops.norm import rms_norm
 from lcx.parallel.recurrences import causal_conv, ssd
 from lcx.sharding import tokenwise
@@ -20,10 +19,8 @@ from lcx.sharding import tokenwise
 INPUTS = ("z_DE", "x_DE", "B_DGN", "C_DGN", "dt_DH")
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Recurrent):
     """Projections to heads, maps, step sizes and a gate in one go, a short convolution, SSD, a gated norm, a projection back."""
-
-    caps = Caps(layouts=("contiguous",))
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -58,11 +55,6 @@ class Mamba2(nnx.Module):
     def tiny(cls) -> dict[str, Any]:
         """Config differences for contract tests."""
         return dict(state=8, head_dim=8, groups=2)
-
-    @classmethod
-    def balanced_layout(cls, config: Config) -> str | None:
-        """None: every device has the same work."""
-        return None
 
     @classmethod
     def check(cls, config: Config, sizes: Sizes, length: int, mesh: dict[str, int]) -> list[str]:

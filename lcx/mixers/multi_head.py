@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx import registry
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, vector
 from lcx.ops.norm import rms_norm
 from lcx.sharding import tokenwise
-from pallas_kernels import KERNELS
 
 
 class MultiHead(nnx.Module):
@@ -86,12 +84,6 @@ def head_problems(sizes: Sizes, mesh: dict[str, int]) -> list[str]:
     return problems
 
 
-def implementation_problems(config: Any) -> list[str]:
-    """What is wrong with the soft-cap or the name of the implementation."""
-    problems = []
-    if config.softcap is not None and config.softcap <= 0:
-        problems.append(f"softcap={config.softcap} must be above 0, or None")
-    implementations = ("auto", *KERNELS["attention"])
-    if config.implementation not in implementations:
-        problems.append(str(registry.unknown("implementation", config.implementation, implementations)))
-    return problems
+def softcap_problems(softcap: float | None) -> list[str]:
+    """A soft-cap that caps nothing."""
+    return [f"softcap={softcap} must be above 0, or None"] if softcap is not None and softcap <= 0 else []

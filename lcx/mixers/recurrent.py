@@ -1,32 +1,38 @@
-"""What recurrent mixers share: their checks, their count of tokens, the scale at which they start."""
+"""What recurrent mixers share: what they declare, their checks, their count of tokens, the scale at which they start."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from lcx import registry
 from lcx.context import SequenceContext
-from pallas_kernels import KERNELS
+from lcx.mixers import Caps, implementation_problems
 
 # Standard deviation of torch's linear layers, with which the published models start: uniform in 1 / sqrt(fan in).
 LINEAR = 3**-0.5
 
 
+class Recurrent(nnx.Module):
+    """A mixer that passes a state from token to token: contiguous order, and in it the same work on every device."""
+
+    caps = Caps(layouts=("contiguous",))
+
+    @classmethod
+    def balanced_layout(cls, config: Any) -> str | None:
+        """None: there is nothing to balance."""
+        return None
+
+
 def recurrence_problems(config: Any, op: str, length: int, mesh: dict[str, int]) -> list[str]:
     """What is wrong with a recurrent mixer's sizes, step sizes or the name of its implementation."""
-    problems = [f"{name}={getattr(config, name)} must be at least 1" for name in ("expand", "state", "conv")]
-    problems = [line for line in problems if getattr(config, line.partition("=")[0]) < 1]
+    sizes = {name: getattr(config, name) for name in ("expand", "state", "conv")}
+    problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
     if not 0 < config.dt_min <= config.dt_max:
         problems.append(f"dt_min={config.dt_min} and dt_max={config.dt_max} must be above 0, the first no larger")
     if (shard := length // mesh["seq"]) < config.conv - 1:
-        problems.append(
-            f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; use fewer devices on seq"
-        )
-    implementations = ("auto", *KERNELS[op])
-    if config.implementation not in implementations:
-        problems.append(str(registry.unknown("implementation", config.implementation, implementations)))
-    return problems
+        problems.append(f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; lower mesh.seq")
+    return problems + implementation_problems(op, config.implementation)
 
 
 def channel_problems(E: int, mesh: dict[str, int]) -> list[str]:

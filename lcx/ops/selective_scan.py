@@ -17,17 +17,13 @@ Each device's `marks` are made with the segment to its left, so a document that 
 """
 
 import dataclasses
-import functools
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from lcx.ops import dispatch
 from lcx.ops.recurrence import Marks, marks
+from lcx.ops.recurrence_backend import recurrence_backend, scan
 from lcx.registry import UserError
 
 
@@ -100,43 +96,10 @@ def selective_scan(
     inputs = Inputs(u_BSE, dt_BSE, A_EN, B_BSN, C_BSN, D_E, z_BSE, dt_bias_E)
     check(inputs, segments_BS, initial_state_BEN)
     spec = ScanSpec(bool(dt_softplus))
-    backend = selective_scan_backend(implementation, spec, inputs, segments_BS)
+    backend = recurrence_backend("selective_scan", implementation, spec, inputs, segments_BS)
     if initial_state_BEN is None:
         initial_state_BEN = jnp.zeros((u_BSE.shape[0], *A_EN.shape), jnp.float32)
-    return _scan(backend, spec, inputs._replace(marks=marks(segments_BS)), initial_state_BEN.astype(jnp.float32))
-
-
-def selective_scan_backend(implementation: str, spec: ScanSpec, inputs: Inputs, segments_BS: Any = None) -> ModuleType:
-    """The backend module that carries out a scan of arrays like these.
-
-    Raises:
-      UserError: see `dispatch.choose`.
-    """
-    given = {name: x for name, x in (inputs._asdict() | dict(segments_BS=segments_BS, marks=None)).items() if x is not None}
-    shapes, dtypes = ({name: getattr(x, what) for name, x in given.items()} for what in ("shape", "dtype"))
-    return dispatch.choose("selective_scan", implementation, spec=spec, shapes=shapes, dtypes=dtypes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(backend, spec, inputs, initial_state_BEN):
-    return backend.forward(inputs, initial_state_BEN, spec=spec)[:2]
-
-
-def _scan_forward(backend, spec, inputs, initial_state_BEN):
-    y_BSE, final_state_BEN, residuals = backend.forward(inputs, initial_state_BEN, spec=spec)
-    # Named here, among the residuals, so that a remat policy can save them and the scan is not run again.
-    y_BSE = checkpoint_name(y_BSE, "recurrence_out")
-    return (y_BSE, final_state_BEN), (inputs, jax.tree.map(lambda x: checkpoint_name(x, "recurrence_states"), residuals))
-
-
-def _scan_backward(backend, spec, residuals, cotangents):
-    inputs, kept = residuals
-    gradients, dinitial_state_BEN = backend.backward(inputs, kept, *cotangents, spec=spec)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), inputs.marks)
-    return gradients._replace(marks=no_gradient), dinitial_state_BEN
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
+    return scan(backend, spec, inputs._replace(marks=marks(segments_BS)), initial_state_BEN.astype(jnp.float32))
 
 
 def check(inputs: Inputs, segments_BS: Any = None, initial_state_BEN: Any = None) -> None:

@@ -6,18 +6,14 @@ Backends. A backend is a module (`pallas_kernels.KERNELS["ssd"]`) of the five fu
 """
 
 import dataclasses
-import functools
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from lcx.ops import dispatch
 from lcx.ops.recurrence import Marks, marks, step_sizes
+from lcx.ops.recurrence_backend import recurrence_backend, scan
 from lcx.registry import UserError
 
 
@@ -101,44 +97,11 @@ def ssd(
     inputs = Inputs(x_BSHK, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, dt_bias_H)
     spec = SsdSpec(bool(dt_softplus), tuple(dt_limit), chunk)
     check(inputs, spec, segments_BS, initial_state_BHKN)
-    backend = ssd_backend(implementation, spec, inputs, segments_BS)
+    backend = recurrence_backend("ssd", implementation, spec, inputs, segments_BS)
     if initial_state_BHKN is None:
         B, _, H, K = x_BSHK.shape
         initial_state_BHKN = jnp.zeros((B, H, K, B_BSGN.shape[3]), jnp.float32)
-    return _scan(backend, spec, inputs._replace(marks=marks(segments_BS)), initial_state_BHKN.astype(jnp.float32))
-
-
-def ssd_backend(implementation: str, spec: SsdSpec, inputs: Inputs, segments_BS: Any = None) -> ModuleType:
-    """The backend module that carries out arrays like these.
-
-    Raises:
-      UserError: see `dispatch.choose`.
-    """
-    given = {name: x for name, x in (inputs._asdict() | dict(segments_BS=segments_BS, marks=None)).items() if x is not None}
-    shapes, dtypes = ({name: getattr(x, what) for name, x in given.items()} for what in ("shape", "dtype"))
-    return dispatch.choose("ssd", implementation, spec=spec, shapes=shapes, dtypes=dtypes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(backend, spec, inputs, initial_state_BHKN):
-    return backend.forward(inputs, initial_state_BHKN, spec=spec)[:2]
-
-
-def _scan_forward(backend, spec, inputs, initial_state_BHKN):
-    y_BSHK, final_state_BHKN, residuals = backend.forward(inputs, initial_state_BHKN, spec=spec)
-    # Named here, among the residuals, so that a remat policy can save them and the scan is not run again.
-    y_BSHK = checkpoint_name(y_BSHK, "recurrence_out")
-    return (y_BSHK, final_state_BHKN), (inputs, jax.tree.map(lambda x: checkpoint_name(x, "recurrence_states"), residuals))
-
-
-def _scan_backward(backend, spec, residuals, cotangents):
-    inputs, kept = residuals
-    gradients, dinitial_state_BHKN = backend.backward(inputs, kept, *cotangents, spec=spec)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), inputs.marks)
-    return gradients._replace(marks=no_gradient), dinitial_state_BHKN
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
+    return scan(backend, spec, inputs._replace(marks=marks(segments_BS)), initial_state_BHKN.astype(jnp.float32))
 
 
 def check(inputs: Inputs, spec: SsdSpec, segments_BS: Any = None, initial_state_BHKN: Any = None) -> None:

@@ -15,6 +15,7 @@ from lcx.ops import causal_conv as conv
 from lcx.ops import selective_scan as s6
 from lcx.ops import ssd as s2d
 from lcx.ops.recurrence import marks
+from lcx.ops.recurrence_backend import recurrence_backend
 from lcx.parallel.halo import from_left
 from lcx.parallel.state_passing import scan_over_devices
 from lcx.registry import UserError
@@ -50,7 +51,7 @@ def selective_scan(
         return s6.selective_scan(*x[:6], **options, segments_BS=segments_BS, implementation=implementation)[0]
 
     def part(x, segments_Bs):
-        backend = s6.selective_scan_backend(implementation, spec, x, segments_Bs)
+        backend = recurrence_backend("selective_scan", implementation, spec, x, segments_Bs)
         return scan_over_devices(backend, spec, s6.rate_1EN, mesh.shape["seq"], x)
 
     return _over_mesh("selective_scan", inputs, segments_BS, mesh, whole, part)
@@ -86,7 +87,7 @@ def ssd(
         return s2d.ssd(*x[:6], **options, segments_BS=segments_BS, implementation=implementation)[0]
 
     def part(x, segments_Bs):
-        backend = s2d.ssd_backend(implementation, spec, x, segments_Bs)
+        backend = recurrence_backend("ssd", implementation, spec, x, segments_Bs)
         return scan_over_devices(backend, spec, s2d.rate_1H11, mesh.shape["seq"], x)
 
     return _over_mesh("ssd", inputs, segments_BS, mesh, whole, part)

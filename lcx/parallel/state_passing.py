@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lcx.ops.recurrence import Affine, apply, compose
+from lcx.ops.recurrence_backend import kept, without_marks
 
 # Summaries of all devices together up to here are gathered, in one message; larger ones travel in log2(P) steps.
 GATHER_BYTES = 2**20
@@ -91,17 +91,16 @@ def scan_over_devices(backend: ModuleType, spec: Any, rate_of: Any, shards: int,
 def _forward(backend, spec, rate_of, shards, inputs):
     initial = exclusive_prefix(backend.summary(inputs, spec=spec), rate_of(inputs), shards=shards)
     y, _, residuals = backend.forward(inputs, initial, spec=spec)
-    # Named here, among the residuals, so that a remat policy can save them and neither pass is run again.
-    return checkpoint_name(y, "recurrence_out"), (inputs, checkpoint_name(residuals, "recurrence_states"))
+    y, residuals = kept(y, residuals)
+    return y, (inputs, residuals)
 
 
-def _backward(backend, spec, rate_of, shards, residuals, dy):
-    inputs, kept = residuals
+def _backward(backend, spec, rate_of, shards, saved, dy):
+    inputs, residuals = saved
     reverse = backend.reverse_summary(inputs, dy, spec=spec)
     dfinal = exclusive_prefix(reverse, rate_of(inputs), shards=shards, reverse=True)
-    gradients, _ = backend.backward(inputs, kept, dy, dfinal, spec=spec)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), inputs.marks)
-    return (gradients._replace(marks=no_gradient),)
+    gradients, _ = backend.backward(inputs, residuals, dy, dfinal, spec=spec)
+    return (without_marks(gradients, inputs),)
 
 
 scan_over_devices.defvjp(_forward, _backward)

@@ -32,7 +32,7 @@ def context(batch: Batch, experiment: Experiment, mesh: Mesh) -> SequenceContext
     A row of `data.packing=stream` is one document, and what pads the last row comes last: where no layer looks ahead nobody needs
     document ids, and attention is spared their comparison and a window with sinks most of its hops.
     """
-    looks_ahead = any(not getattr(kind.mixer_config, "causal", True) for kind in experiment.pattern)
+    looks_ahead = any(kind.mixer.caps.bidirectional and not kind.mixer_config.causal for kind in experiment.pattern)
     one_document = experiment.data.packing == "stream" and not looks_ahead
     return SequenceContext(batch["positions_BS"], None if one_document else batch["segments_BS"], experiment.layout, mesh)
 
