@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from lcx.mesh import make_mesh
-from lcx.planning.training import layer_temp_bytes
+from lcx.planning.memory import compiled_bytes
+from lcx.planning.training import compile_layer
 from tests.experiments import small
 
 VARIANTS = {
@@ -20,7 +21,7 @@ VARIANTS = {
 def temp(variant: str, length: int) -> int:
     """Temporary bytes at a feed-forward eight times as wide as the model."""
     e = small(sequence__length=length, ffns__gated__width=256, model__layers=1, **VARIANTS[variant])
-    return layer_temp_bytes(e, make_mesh())
+    return compiled_bytes(compile_layer(e, make_mesh()))["temporary"]
 
 
 @pytest.mark.parametrize("variant", ["flash", "MST", "BPT"])

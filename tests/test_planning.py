@@ -16,9 +16,11 @@ from lcx.registry import UserError
 from lcx.train_loop.loop import Run
 from tests.experiments import small
 
-LLAMA = f"{pathlib.Path(__file__).parent.parent}/configs/llama.py"
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+LLAMA = f"{CONFIGS}/llama.py"
 GIB = 2**30
-V5E_MEMORY = 15.75 * GIB  # what the compiler lets a program have of a chip's 16 GiB
+# What the compiler lets a program have of a chip's 16 and 96 GiB.
+V5E_MEMORY, V5P_MEMORY = 15.75 * GIB, 95.73 * GIB
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
@@ -105,3 +107,16 @@ def test_llama_7b_at_a_million_tokens_and_more_fits_a_v5e_pod(capsys, length):
     # fp32 parameters and two moments, each over all 256 devices, and a batch that is nothing beside them.
     assert found["arguments"] == pytest.approx(3 * 4 * 6_738_415_616 / 256, rel=0.02)
     assert found["peak"] < V5E_MEMORY
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_longnet_on_a_billion_tokens_fits_a_slice_of_v5p(capsys):
+    """The whole train step of `longnet_1b` over 1,024 chips; its header has the figure. Compiled, not run."""
+    e = experiment.load(f"{CONFIGS}/longnet_1b.py", {"scale": "full", "model.vocab": "256"}, devices=1024)
+    assert e.sequence.length == 2**30
+    with jax.default_matmul_precision("default"):
+        found = compiled_bytes(compile_for(e, topology_mesh("v5p:8x8x16", **e.mesh_sizes)))
+    with capsys.disabled():
+        print("\nlongnet_1b, 1,073,741,824 tokens, v5p:8x8x16, bytes a device:", json.dumps(found))
+    assert found["peak"] < V5P_MEMORY

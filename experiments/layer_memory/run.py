@@ -24,7 +24,8 @@ def measure(lengths) -> dict[str, dict[int, int]]:
     """variant -> length -> temporary bytes; vanilla stops at 16,384 tokens, where its scores alone take 4 GiB."""
     from lcx import config, experiment
     from lcx.mesh import make_mesh
-    from lcx.planning.training import layer_temp_bytes
+    from lcx.planning.memory import compiled_bytes
+    from lcx.planning.training import compile_layer
 
     mesh, found = make_mesh(), {}
     for variant, fields in VARIANTS.items():
@@ -34,7 +35,9 @@ def measure(lengths) -> dict[str, dict[int, int]]:
             conf = config.base()
             for field, value in (SIZES | fields | {"sequence__length": length, "mesh__seq": 1, "scale": "full"}).items():
                 config.assign(conf, field.replace("__", "."), value, origin="layer_memory")
-            found.setdefault(variant, {})[length] = layer_temp_bytes(experiment.resolve(conf, length), mesh)
+            found.setdefault(variant, {})[length] = compiled_bytes(compile_layer(experiment.resolve(conf, length), mesh))[
+                "temporary"
+            ]
     return found
 
 

@@ -19,8 +19,9 @@ from lcx.ops.visibility import NO_DOCUMENT, TileBounds, tile_visible, visible_BS
 # Measured on two CPU cores, fp32, S=2048, K=16..64, H=4..16: 128, 256 and 512 lie within a third of each other, 256 is first
 # or second everywhere; at 1024 the scores of a pair fall out of the cache and the time doubles.
 TILE = 256
-# Scores of one pair of tiles, over batch rows and heads, that exist at a time; more rows than that go one after another.
-SCORE_BYTES = 2**26
+# Scores of one pair of tiles, over batch rows and heads, that exist at a time; more rows than that go one after another, and so
+# do the copies of their queries and keys. From 1 MiB to 64 MiB the time is the same (two CPU cores, 512K tokens of LongNet).
+SCORE_BYTES = 2**22
 
 
 def refuse(spec, shapes, dtypes, device_kind):

@@ -205,12 +205,12 @@ class Kept:
             x = x[:, :, :, 0]
         return jnp.moveaxis(x, 4, 2).reshape(B * self.count * self.offsets, self.m, self.groups, *rest)
 
-    def put(self, x: jax.Array, others: jax.Array | float = 0.0) -> jax.Array:
-        """(B n R) m A ... -> B s G ..., with those of `others` (B s G ..., or one value) where a head does not keep a token."""
+    def put(self, x: jax.Array, others: jax.Array) -> jax.Array:
+        """(B n R) m A ... -> B s G ..., with those of `others` (B s G ...) where a head does not keep a token."""
         _, m, A, *rest = x.shape
         x = jnp.moveaxis(x.reshape(-1, self.count, self.offsets, m, A, *rest), 2, 4)[:, :, :, None]
         if self.r > 1:
-            x = jnp.where(self._mask(x.ndim), x, others if isinstance(others, float) else self._heads(others))
+            x = jnp.where(self._mask(x.ndim), x, self._heads(others))
         x = self._join(x)
         return x.reshape(*x.shape[:2], A * self.offsets, *rest)[:, :, : self.heads]
 
@@ -253,12 +253,10 @@ class Rows:
         rows = self.kept.take(x_BsH.reshape(*self._shape, *x_BsH.shape[3:]))
         return rows.reshape(*rows.shape[:2], -1, *x_BsH.shape[3:])
 
-    def put_q(self, x: jax.Array, others: jax.Array | float = 0.0) -> jax.Array:
+    def put_q(self, x: jax.Array, others: jax.Array) -> jax.Array:
         """The inverse of `take_q`; `others` as in `Kept.put`."""
         rest = x.shape[3:]
-        if not isinstance(others, float):
-            others = others.reshape(*self._shape, *rest)
-        x = self.kept.put(x.reshape(*x.shape[:2], self.kept.groups, -1, *rest), others)
+        x = self.kept.put(x.reshape(*x.shape[:2], self.kept.groups, -1, *rest), others.reshape(*self._shape, *rest))
         return x.reshape(*x.shape[:2], -1, *rest)
 
     def take_lse(self, x_BHs: jax.Array) -> jax.Array:
@@ -278,20 +276,22 @@ class Rows:
             return x
         return lax.all_gather(x, "seq", axis=1, tiled=True, axis_index_groups=self._groups())
 
-    def put_k(self, x: jax.Array) -> jax.Array:
-        """A gradient for the keys of the segment -> its sum over the devices, for the tokens of this one."""
-        if self.devices > 1:
-            x = lax.psum_scatter(x, "seq", scatter_dimension=1, tiled=True, axis_index_groups=self._groups())
-        return self.kept.put(x)
+    def _scatter(self, x: jax.Array) -> jax.Array:
+        """Gradients for the keys of the segment -> their sum over the devices, for the kept keys of this one."""
+        if self.devices == 1:
+            return x
+        return lax.psum_scatter(x, "seq", scatter_dimension=1, tiled=True, axis_index_groups=self._groups())
 
     def forward(self, carry=None) -> tuple[jax.Array, jax.Array]:
         """(o, lse) of the kept rows, merged with `carry`; fp32."""
         return self.backend.forward(self.q, self.k, self.v, **self.options, carry=carry)
 
-    def backward(self, do, lse, delta) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dq, dk, dv) in fp32, in their places."""
+    def backward(self, do, lse, delta, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`sums`, (dq, dk, dv) of the branches before this one, with its own added to the kept tokens; fp32."""
         dq, dk, dv = self.backend.backward(self.q, self.k, self.v, do, lse, delta, **self.options)
-        return self.put_q(dq), self.put_k(dk), self.put_k(dv)
+        # Into the sums at once: a gradient in its places, zeros between, is as large as they are, and every branch has three.
+        add_k = lambda total, x: self.kept.put(self.kept.take(total) + self._scatter(x), total)
+        return self.put_q(self.take_q(sums[0]) + dq, sums[0]), add_k(sums[1], dk), add_k(sums[2], dv)
 
 
 def forward(plan: DilatedPlan, q, k, v, tokens, slopes_H) -> tuple[jax.Array, jax.Array]:
@@ -312,7 +312,7 @@ def backward(plan: DilatedPlan, q, k, v, do, lse, delta, tokens, slopes_H) -> tu
     With weights p = exp(score - lse) under the merged lse, d(score) = p (do . v - do . o) where o is the merged output. Taking
     the mixing weights as constants puts the branch's own output in its place.
     """
-    sums = None
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     for branch in plan.branches:
         rows = Rows(plan, branch, q, k, v, tokens)
         do_rows, lse_rows = rows.take_q(do), rows.take_lse(lse)
@@ -321,6 +321,5 @@ def backward(plan: DilatedPlan, q, k, v, do, lse, delta, tokens, slopes_H) -> tu
         else:
             o, _ = rows.forward()
             delta_rows = jnp.einsum("bshk,bshk->bhs", do_rows.astype(jnp.float32), o)
-        grads = rows.backward(do_rows, lse_rows, delta_rows)
-        sums = grads if sums is None else tuple(a + b for a, b in zip(sums, grads, strict=True))
+        sums = rows.backward(do_rows, lse_rows, delta_rows, sums)
     return sums

@@ -1,4 +1,4 @@
-"""Reading compiled HLO text: which operations a program executes, how often, and how deep inside loops."""
+"""Reading compiled HLO text: which operations a program executes, how often, how deep inside loops, and their FLOPs."""
 
 import dataclasses
 import math
@@ -11,6 +11,14 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" = s(?:32|64)\[\]\S* constant\((\d+)\)")
+_DOT = re.compile(r" dot\(%?([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}")
+# One floating-point operation for each element of the result.
+ELEMENTWISE = {
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs"),
+    *("exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "power", "rsqrt", "sqrt"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,8 @@ class Operation:
       shape: of the result, as HLO text.
       line: the whole line.
       loops: how many while loops it stands in.
-      times: how often it runs; 1 a turn where the compiler does not know a loop's trip count.
+      times: how often it runs; at most, where a loop may end early; 1 a turn where its condition has no constant bound.
+      flops: floating-point operations of one time: 2 for each product of a dot, 1 for each element of elementwise arithmetic.
     """
 
     kind: str
@@ -30,6 +39,7 @@ class Operation:
     line: str
     loops: int
     times: int
+    flops: int
 
     @property
     def bytes(self) -> int:
@@ -41,6 +51,29 @@ class Operation:
 def _width(dtype: str) -> int:
     """Bytes of one element: f32 is 4, pred 1."""
     return 1 if dtype == "pred" else max(int(re.search(r"\d+", dtype)[0]) // 8, 1)
+
+
+def _elements(shape: str) -> int:
+    """Elements of one array."""
+    return math.prod(_sizes(shape))
+
+
+def _sizes(shape: str) -> list[int]:
+    return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
+
+
+def _flops(kind: str, shape: str, line: str, shapes: dict[str, str]) -> int:
+    if kind == "dot":
+        left, contracted = _DOT.search(line).groups()
+        depth = math.prod(_sizes(shapes[left])[int(dim)] for dim in contracted.split(",") if dim)
+        return 2 * depth * _elements(shape)
+    return _elements(shape) if kind in ELEMENTWISE and re.match(r"b?f\d+\[", shape) else 0
+
+
+def _bound(lines: list[str], computations: dict[str, list[str]]) -> int:
+    """Most turns of a loop whose condition compares its counter with a constant, and perhaps other things."""
+    called = [inner for line in lines for one, _ in _CALLED.findall(line) if one for inner in computations[one]]
+    return max((int(n) for line in [*lines, *called] for n in _CONSTANT.findall(line)), default=1)
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
@@ -67,16 +100,32 @@ def operations(text: str) -> Iterator[Operation]:
     entry, computations = _computations(text)
 
     def walk(name: str, loops: int, times: int) -> Iterator[Operation]:
+        shapes: dict[str, str] = {}
         for line in computations[name]:
             match = _OPERATION.match(line)
             if not match:
                 continue
-            _, shape, kind = match.groups()
-            yield Operation(kind, shape, line.strip(), loops, times)
-            trips = _TRIPS.search(line)
-            inside = (loops + 1, times * int(trips.group(1)) if trips else times) if kind == "while" else (loops, times)
+            result, shape, kind = match.groups()
+            shapes[result] = shape
+            yield Operation(kind, shape, line.strip(), loops, times, _flops(kind, shape, line, shapes))
+            inside = loops, times
+            if kind == "while":
+                trips = _TRIPS.search(line)
+                turns = int(trips[1]) if trips else _bound(computations[_CONDITION.search(line)[1]], computations)
+                inside = loops + 1, times * turns
             for one, several in _CALLED.findall(line):
                 for child in (one or several).split(","):
                     yield from walk(child.strip().lstrip("%"), *inside)
 
     return walk(entry, 0, 1)
+
+
+def executed_flops(text: str) -> int:
+    """FLOPs of a whole program, loops included, as `Operation` counts them.
+
+    The compiler's own cost analysis counts the body of a loop once.
+
+    Args:
+      text: `compiled.as_text()`.
+    """
+    return sum(op.times * op.flops for op in operations(text))

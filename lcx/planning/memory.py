@@ -1,16 +1,6 @@
 """Bytes that a compiled program needs, from the compiler and for the device it was compiled for."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
-from jax.sharding import Mesh
-
-
-def temp_bytes(fn: Callable, *args: Any, mesh: Mesh) -> int:
-    """Temporary bytes of a device while `fn` runs on arguments of these shapes. Nothing is allocated or run."""
-    with jax.set_mesh(mesh):
-        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:

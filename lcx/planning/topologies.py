@@ -20,7 +20,9 @@ TORUS = dict(chip_config_name="default", chips_per_host_bounds=(2, 2, 1), num_sl
 SHAPES: dict[str, dict[str, Any]] = {
     **{f"{kind}:{shape}": {} for kind in ("v5e", "v6e") for shape in ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16")},
     **{f"{kind}:16x16": TORUS for kind in ("v5e", "v6e")},
-    **{f"{kind}:{shape}": MEGACORE for kind in ("v4", "v5p") for shape in ("2x2x1", "2x2x2", "2x2x4", "4x4x4", "8x8x8")},
+    **{
+        f"{kind}:{shape}": MEGACORE for kind in ("v4", "v5p") for shape in ("2x2x1", "2x2x2", "2x2x4", "4x4x4", "8x8x8", "8x8x16")
+    },
 }
 # Slices by the number their vendor sells them under: chips of v5e and v6e, cores (two a chip) of v4 and v5p.
 PRODUCTS = {
@@ -29,6 +31,7 @@ PRODUCTS = {
     **{f"{kind}-256": f"{kind}:16x16" for kind in ("v5e", "v6e")},
     **{f"{kind}-128": f"{kind}:4x4x4" for kind in ("v4", "v5p")},
     **{f"{kind}-1024": f"{kind}:8x8x8" for kind in ("v4", "v5p")},
+    **{f"{kind}-2048": f"{kind}:8x8x16" for kind in ("v4", "v5p")},
 }
 
 

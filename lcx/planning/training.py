@@ -9,7 +9,7 @@ from lcx.context import SequenceContext
 from lcx.data.loader import BATCH_SPEC
 from lcx.data.rows import DTYPES
 from lcx.experiment import Experiment, sizes_of
-from lcx.planning.memory import compiled_bytes, temp_bytes
+from lcx.planning.memory import compiled_bytes
 from lcx.registry import UserError
 from lcx.train_loop import optimizer as optimizers
 from lcx.train_loop.fitting import compile_fitting
@@ -41,8 +41,8 @@ def train_step_memory(experiment: Experiment, mesh: Mesh) -> dict[str, int]:
     return compiled_bytes(compile_for(experiment, mesh))
 
 
-def layer_temp_bytes(experiment: Experiment, mesh: Mesh) -> int:
-    """Temporary bytes of the forward and backward pass of the first layer, batch 1, without embedding and head.
+def compile_layer(experiment: Experiment, mesh: Mesh) -> jax.stages.Compiled:
+    """The forward and backward pass of the first layer, batch 1, without embedding and head; nothing is allocated or run.
 
     Args:
       experiment: with the layer's parts, sizes, sequence length and block options.
@@ -60,4 +60,5 @@ def layer_temp_bytes(experiment: Experiment, mesh: Mesh) -> int:
         contexts = {layout: SequenceContext(positions_BS, None, layout, mesh)}
         return jnp.sum(layer(x_BSD, contexts, layout, layout).astype(jnp.float32) ** 2)
 
-    return temp_bytes(jax.grad(loss, argnums=(0, 1)), plan.shapes, x_BSD, mesh=mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(plan.shapes, x_BSD).compile()
