@@ -1,6 +1,6 @@
 """The Llama family at its published sizes, on sequences of 1,048,576 tokens with ring attention.
 
-    python -m lcx.train --config configs/llama.py:8b --config.train.init_from=DIR
+    python -m lcx.train --config configs/llama.py:8b --config.init_from=DIR
 
 DIR holds the safetensors and config.json of a published checkpoint; without it training starts from random weights.
 Sizes: 1b 3b 7b 8b 13b 30b 70b. Real experiment: a pod slice with 4K to 16K tokens a device (256 devices for 7b).

@@ -22,14 +22,22 @@ def prepare_platform() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
 
 
-def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+def arguments(
+    parser: argparse.ArgumentParser, argv: list[str], *, trained: bool = False
+) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parsed arguments, and the config overrides `--config.a.b=value` as `a.b -> value`.
+
+    Args:
+      trained: the command is about the run in --workdir, whose config lies there; else --config names one.
 
     Raises:
       UserError: an argument that is neither.
     """
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/tiny.py")
-    parser.add_argument("--workdir", default="", help="where the run keeps its files (default: runs/<config name>)")
+    if trained:
+        parser.add_argument("--workdir", required=True, help="of the run")
+    else:
+        parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/tiny.py")
+        parser.add_argument("--workdir", default="", help="where the run keeps its files (default: runs/<config name>)")
     overrides, rest, i = {}, [], 0
     while i < len(argv):
         if not argv[i].startswith("--config."):
@@ -47,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     if left:
         if left[0].partition("=")[0].startswith("config."):
             raise UserError(f"{left[0]!r}: overrides start with two dashes, --{left[0]}")
-        raise unknown("argument", left[0], ["--config", "--config.<field>=VALUE", "--workdir"])
+        raise unknown("argument", left[0], [*([] if trained else ["--config"]), "--config.<field>=VALUE", "--workdir"])
     return known, overrides
 
 

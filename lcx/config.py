@@ -58,6 +58,7 @@ class RunConfig:
       pattern: layer kinds, repeated over the layers. A mixer's name is a kind by default.
       posenc: position encoding of layers that do not say otherwise.
       ffn: feed-forward of layers that do not say otherwise.
+      init_from: a directory of safetensors of the Llama family to start from; empty for random weights.
     """
 
     name: str = "base"
@@ -66,6 +67,7 @@ class RunConfig:
     pattern: tuple[str, ...] = ("ring",)
     posenc: str = "rope"
     ffn: str = "gated"
+    init_from: str = ""
 
 
 def optional(annotation: Any) -> tuple[type, bool]:

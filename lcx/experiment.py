@@ -200,7 +200,7 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
         require={op: name for op, name in conf.require.items() if name},
         scale=run.scale,
         full_length=full_length,
-        resolved=json.loads(conf.to_json_best_effort(sort_keys=True)),
+        resolved=_plain(json.loads(conf.to_json_best_effort(sort_keys=True))),
     )
     problems = check(experiment)
     if len(problems) == 1:
@@ -208,6 +208,15 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     if problems:
         raise UserError(f"{len(problems)} problems in the config\n" + "\n".join(f"  {problem}" for problem in problems))
     return experiment
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types, with an infinity as the text that the command line takes for it."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shrunk(axes: dict[str, int], available: int) -> dict[str, int]:
@@ -241,6 +250,11 @@ def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str
     origin = {part: f"{field}.{part}" if part in stated else f"config.{part}" for part in ("posenc", "ffn")}
     chosen = {part: stated.pop(part, default) for part, default in (("mixer", name), ("posenc", run.posenc), ("ffn", run.ffn))}
     mixer = registry.load(MIXERS, chosen["mixer"], field=f"{field}.mixer")
+    if not mixer.caps.positions:
+        if origin["posenc"].startswith(field) and chosen["posenc"] != "none":
+            wanted = f"mixer {chosen['mixer']!r} takes no position encoding; leave it out"
+            raise UserError(f"{field}.posenc={chosen['posenc']!r}: {wanted}")
+        chosen["posenc"] = "none"
     posenc = registry.load(POSENCS, chosen["posenc"], field=origin["posenc"])
     ffn = registry.load(FFNS, chosen["ffn"], field=origin["ffn"])
     values = dict(conf.mixers[chosen["mixer"]])
@@ -316,7 +330,7 @@ def check(experiment: Experiment) -> list[str]:
         problems.append(
             f"model.dim={sizes.D} must be a multiple of mesh.fsdp*mesh.seq={owners}, over which parameters are spread"
         )
-    if e.model.head_dim is None and sizes.D % sizes.H:
+    if e.model.head_dim is None and sizes.D % sizes.H and any(kind.mixer.caps.positions for kind in e.pattern):
         problems.append(f"model.dim={sizes.D} is no multiple of model.heads={sizes.H}; set model.head_dim")
     kinds, tensor = list({kind.name: kind for kind in e.pattern}.values()), e.mesh_sizes["tensor"]
     for kind in kinds:

@@ -97,7 +97,7 @@ class Tensors:
     def __init__(self, directory: pathlib.Path):
         files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise UserError(f"train.init_from={str(directory)!r} holds no .safetensors file")
+            raise UserError(f"init_from={str(directory)!r} holds no .safetensors file")
         self._directory = directory
         self._files = [self._open(file) for file in files]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  not a dict
@@ -108,12 +108,12 @@ class Tensors:
             return safe_open(file, framework="np")
         except (SafetensorError, OSError) as error:
             hint = "; it is a git-lfs pointer: run `git lfs pull` there" if is_lfs_pointer(file) else ""
-            raise UserError(f"train.init_from: {str(file)!r} is no readable safetensors file ({error}){hint}") from error
+            raise UserError(f"init_from: {str(file)!r} is no readable safetensors file ({error}){hint}") from error
 
     def _slice(self, name: str) -> Any:
         if name not in self._where:
             held = next(iter(self._where), "nothing")
-            raise UserError(f"train.init_from={str(self._directory)!r} has no tensor {name!r}; it holds e.g. {held!r}")
+            raise UserError(f"init_from={str(self._directory)!r} has no tensor {name!r}; it holds e.g. {held!r}")
         return self._where[name].get_slice(name)
 
     def check(self, name: str, source: Source, size: dict[str, int]) -> None:
@@ -122,7 +122,7 @@ class Tensors:
         Raises:
           UserError: another shape, or numbers that are not floating.
         """
-        found, where = self._slice(name), f"train.init_from={str(self._directory)!r}: tensor {name!r}"
+        found, where = self._slice(name), f"init_from={str(self._directory)!r}: tensor {name!r}"
         groups = source.dims.split()
         shape, wanted = tuple(found.get_shape()), tuple(math.prod(size[dim] for dim in group) for group in groups)
         if shape != wanted:
@@ -179,13 +179,13 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """
     file = directory / "config.json"
     if not file.is_file():
-        raise UserError(f"train.init_from={str(directory)!r} holds no config.json")
+        raise UserError(f"init_from={str(directory)!r} holds no config.json")
     try:
         published = json.loads(file.read_text())
     except ValueError as error:
-        raise UserError(f"train.init_from: {str(file)!r} is no JSON ({error})") from error
+        raise UserError(f"init_from: {str(file)!r} is no JSON ({error})") from error
     if not isinstance(published, dict):
-        raise UserError(f"train.init_from: {str(file)!r} is no JSON object but {type(published).__name__}")
+        raise UserError(f"init_from: {str(file)!r} is no JSON object but {type(published).__name__}")
     return published
 
 
@@ -195,7 +195,7 @@ def check_config(directory: pathlib.Path, experiment: Experiment, plan: ModelPla
     Raises:
       UserError: another architecture, or the fields that differ, every one.
     """
-    published, origin = read_config(directory), f"train.init_from={str(directory)!r}"
+    published, origin = read_config(directory), f"init_from={str(directory)!r}"
     if published.get("model_type") not in ARCHITECTURES:
         raise unknown(f"{origin}: config.json's model_type", published.get("model_type"), ARCHITECTURES)
     for kind in experiment.pattern:
@@ -253,41 +253,55 @@ def _layer_pairs(kind: LayerKind, sizes: Sizes, published: dict[str, Any]) -> It
             yield f"posencs.rope.{field}", getattr(rope, field), name, scaling.get(name)
 
 
-def load_params(directory: str, experiment: Experiment, plan: ModelPlan, mesh: Mesh) -> Any:
-    """The parameters of `plan` from a published checkpoint, each device reading its own slices.
+class Pretrained:
+    """A published checkpoint that is the model of an experiment. Making one reads headers only; `params` reads the tensors.
 
     Raises:
       UserError: the directory is missing or is another model, or holds tensors that the model has no place for.
     """
-    path = pathlib.Path(directory)
-    if not path.is_dir():
-        raise UserError(f"train.init_from={directory!r} is no directory")
-    check_config(path, experiment, plan)
-    tensors, period, used = Tensors(path), len(experiment.pattern), set()
 
-    def load(key_path, info, shape, sharding):
+    def __init__(self, directory: str, experiment: Experiment, plan: ModelPlan):
+        path = pathlib.Path(directory)
+        if not path.is_dir():
+            raise UserError(f"init_from={directory!r} is no directory")
+        check_config(path, experiment, plan)
+        self._tensors, self._plan, self._period = Tensors(path), plan, len(experiment.pattern)
+        ignored = {name for name in self._tensors.names if "rotary_emb" not in name}
+        if experiment.model.tied:
+            ignored.discard("lm_head.weight")
+        for (key_path, info), shape in zip(
+            jax.tree_util.tree_leaves_with_path(plan.infos), jax.tree.leaves(plan.shapes), strict=True
+        ):
+            source, layers = self._source(key_path)
+            size = dict(zip(info.layer_dims, shape.shape[-len(info.layer_dims) :], strict=True))
+            for name in (source.name.format(layer=layer) for layer in layers):
+                self._tensors.check(name, source, size)
+                ignored.discard(name)
+        if ignored:
+            raise UserError(
+                f"init_from={directory!r}: the model has no place for {sorted(ignored)[0]!r} and {len(ignored) - 1} more"
+            )
+
+    def _source(self, key_path: tuple[Any, ...]) -> tuple[Source, range]:
+        """Where a parameter comes from, and from which layers."""
         names = [key.key for key in key_path]
-        source = LLAMA.get(names[-1])
-        if source is None:
-            raise UserError(f"train.init_from: parameter {names[-1]!r} has no counterpart in a Llama checkpoint")
-        layers = range(names[1], plan.sizes.L, period) if names[0] == "stacks" else range(1)
-        size = dict(zip(info.layer_dims, shape.shape[-len(info.layer_dims) :], strict=True))
-        for name in (source.name.format(layer=layer) for layer in layers):
-            tensors.check(name, source, size)
-            used.add(name)
-        if not info.dims.startswith("L"):
-            read = lambda index: read_parameter(tensors, source, 0, info.dims, shape.shape, index)
-        else:
-            one = lambda layer, index: read_parameter(tensors, source, layer, info.layer_dims, shape.shape[1:], index)
-            read = lambda index: np.stack([one(layer, index[1:]) for layer in layers[index[0]]])
-        return jax.make_array_from_callback(shape.shape, sharding, read)
+        if names[-1] not in LLAMA:
+            raise UserError(f"init_from: parameter {names[-1]!r} has no counterpart in a Llama checkpoint")
+        layers = range(names[1], self._plan.sizes.L, self._period) if names[0] == "stacks" else range(1)
+        return LLAMA[names[-1]], layers
 
-    params = jax.tree_util.tree_map_with_path(load, plan.infos, plan.shapes, parameter_shardings(plan.infos, mesh))
-    ignored = {name for name in tensors.names - used if "rotary_emb" not in name}
-    if experiment.model.tied:
-        ignored.discard("lm_head.weight")
-    if ignored:
-        raise UserError(
-            f"train.init_from={directory!r}: the model has no place for {sorted(ignored)[0]!r} and {len(ignored) - 1} more"
-        )
-    return params
+    def params(self, mesh: Mesh) -> Any:
+        """The parameters of the plan, each device reading its own slices."""
+
+        def load(key_path, info, shape, sharding):
+            source, layers = self._source(key_path)
+            if not info.dims.startswith("L"):
+                read = lambda index: read_parameter(self._tensors, source, 0, info.dims, shape.shape, index)
+            else:
+                per_layer = info.layer_dims, shape.shape[1:]
+                one = lambda layer, index: read_parameter(self._tensors, source, layer, *per_layer, index)
+                read = lambda index: np.stack([one(layer, index[1:]) for layer in layers[index[0]]])
+            return jax.make_array_from_callback(shape.shape, sharding, read)
+
+        shardings = parameter_shardings(self._plan.infos, mesh)
+        return jax.tree_util.tree_map_with_path(load, self._plan.infos, self._plan.shapes, shardings)

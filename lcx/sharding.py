@@ -150,6 +150,9 @@ gather.defvjp(_gather_forward, _gather_backward)
 def tokenwise(fn: Callable, weights: Any, *tokens: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     """Runs `fn(weights, *tokens)` on each device's own tokens, with the weights gathered once beforehand.
 
+    Over `tensor` the compiler adds up the parts of a product (over heads, over F) in the activations' type, one rounding more
+    than on one device: in fp32 they would be twice the bytes on the wire.
+
     Args:
       fn: function of a pytree of whole (over fsdp and seq) fp32 weights, whose values are rounded to `dtype`, and of local
         token arrays B s ...; returns local token arrays B s ....

@@ -56,3 +56,7 @@ def breaks(run, arrays, segments, cotangents, expected):
     for arguments in changed:
         with pytest.raises(AssertionError):
             compare(run(*arguments), expected)
+
+
+def part_of(x, part, dim=1):
+    return x if x is None else x[(slice(None),) * dim + (part,)]

@@ -10,6 +10,12 @@ import jax
 import pytest
 
 from lcx import experiment
+from lcx.data import DATASETS
+from lcx.ffn import FFNS
+from lcx.mixers import MIXERS
+from lcx.parallel.layouts import LAYOUTS
+from lcx.posenc import POSENCS
+from lcx.train_loop.optimizer import OPTIMIZERS
 from lcx.train_loop.state import plan_model
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -72,6 +78,15 @@ def test_the_example_of_the_readme_loads(tmp_path):
     assert loaded.mesh_sizes == dict(data=1, fsdp=2, seq=1, tensor=4)
     assert [kind.name for kind in loaded.pattern] == ["mamba", "mamba", "local", "ring"]
     assert loaded.pattern[2].mixer_config.window == (4095, 0)
+
+
+def test_the_readme_lists_every_part():
+    """The names in its table of choices are those of the tables, no more and no fewer."""
+    rows = dict(re.findall(r"^\| ([a-z -]+) \| .*? \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    names = lambda row: {name.removesuffix(":NAME") for name in re.findall(r"`([\w:]+)`", rows[row])}
+    tables = {"mixer": MIXERS, "position encoding": POSENCS, "feed-forward": FFNS, "data": DATASETS, "optimizer": OPTIMIZERS}
+    for row, table in (tables | {"order of tokens": LAYOUTS}).items():
+        assert names(row) == set(table), row
 
 
 PUBLISHED = {

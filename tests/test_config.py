@@ -180,10 +180,22 @@ def test_a_layer_kind_of_the_config_carries_its_own_fields(config_file):
         ("dict(mixer='ring', window=True)", ["layers.local.window=True", "tuple"]),
         ("dict(mixer='ring', sink_tokens=1.5)", ["layers.local.sink_tokens=1.5", "int"]),
         ("3", ["layers.local=3", "dict"]),
+        ("dict(mixer='mamba', posenc='alibi')", ["layers.local.posenc='alibi'", "'mamba' takes no position encoding"]),
     ],
 )
 def test_a_mistake_in_a_layer_kind_names_its_field(config_file, mistake, kind, parts):
     says(mistake("--config", config_file(f"config.layers.local = {kind}\nconfig.pattern = ('local',)")), *parts)
+
+
+def test_a_recurrence_alone_needs_no_heads(config_file):
+    """Neither a width that heads divide nor a position encoding."""
+    e = experiment.load(config_file("config.pattern = ('mamba',)"), {"model.heads": "3", "posencs.rope.fraction": "0.01"})
+    assert e.pattern[0].posenc.__name__ == "NoPosition"
+
+
+def test_an_infinity_is_written_as_the_command_line_takes_it(config_file):
+    e = experiment.load(config_file("config.pattern = ('mamba2',)"), {"mixers.mamba2.dt_limit": "(0.1, inf)"})
+    assert e.resolved["mixers"]["mamba2"]["dt_limit"] == [0.1, "inf"]
 
 
 # ---- mistakes on the command line

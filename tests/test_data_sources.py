@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import types
@@ -86,9 +87,34 @@ def test_text_folder(tmp_path, folder):
     with pytest.raises(UserError, match="a.txt is not UTF-8"):
         prepare(config, text_folder.Config(path=str(folder)))
     assert not list((tmp_path / "cache").glob(".*-*")), "a failure leaves nothing half made"
-    for changes in (dict(path=""), dict(path="nowhere"), dict(path=str(folder), pattern="*.rst")):
+    for changes in (dict(path=""), dict(path="nowhere"), *(dict(path=str(folder), pattern=p) for p in ("*.rst", "", "/*.txt"))):
         with pytest.raises(UserError, match="datasets.text_folder"):
             prepare(config, text_folder.Config(**changes))
+
+
+def test_more_ids_than_a_token_can_name_are_one_line():
+    with pytest.raises(UserError, match="data.source='copy' would have 3000000001 ids"):
+        build_source("copy", load_source("copy")[0].Config(symbols=3_000_000_000))
+
+
+def test_a_cache_dir_that_is_a_file_is_one_line(tmp_path, folder):
+    config = DataConfig(source="text_folder", cache_dir=str(folder / "a.txt"))
+    with pytest.raises(UserError, match="data.cache_dir='.*a.txt' cannot be used as a folder"):
+        prepare(config, text_folder.Config(path=str(folder)))
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day(tmp_path, folder):
+    config = DataConfig(source="text_folder", cache_dir=str(tmp_path / "cache"))
+    store = prepare(config, text_folder.Config(path=str(folder))).directory
+    old, young = (store.with_name(f".{store.name}.{name}") for name in ("old", "young"))
+    for left in (old, young):
+        left.mkdir()
+        (left / "tokens.bin").write_bytes(b"half")
+    for path in (old / "tokens.bin", old):
+        os.utime(path, (0, 0))
+    shutil.rmtree(store)
+    prepare(config, text_folder.Config(path=str(folder)))
+    assert store.exists() and young.exists() and not old.exists()
 
 
 def test_token_file(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lcx.data import DATASETS, build_source, load_source
-from lcx.data.tasks import associative_recall, copy, passkey
+from lcx.data.tasks import associative_recall, copy, induction, passkey, selective_copy
 from lcx.registry import UserError
 
 LENGTH = 256
@@ -33,10 +33,21 @@ def solve_passkey(tokens, config):
     return {len(text) - len(digits) + i: ord(digit) for i, digit in enumerate(digits)}
 
 
+def solve_induction(tokens, config):
+    return {len(tokens) - 1: tokens[tokens.index(config.vocab - 1) + 1]}
+
+
+def solve_selective_copy(tokens, config):
+    separator = tokens.index(config.vocab - 1)
+    return {separator + 1 + i: token for i, token in enumerate(token for token in tokens[:separator] if token)}
+
+
 CASES = {
     "copy": (copy.Config(symbols=5, held_out_rows=20), solve_copy),
     "associative_recall": (associative_recall.Config(num_pairs=6, vocab=40, gap=50, held_out_rows=20), solve_recall),
     "passkey": (passkey.Config(held_out_rows=20), solve_passkey),
+    "induction": (induction.Config(vocab=20, held_out_rows=20), solve_induction),
+    "selective_copy": (selective_copy.Config(num_tokens=9, vocab=12, held_out_rows=20), solve_selective_copy),
 }
 
 
@@ -69,16 +80,25 @@ def test_the_answers_are_right(name, split):
         np.testing.assert_array_equal(row["positions"], np.arange(LENGTH))
         assert (row["segments"] == 1).all()
         # The twin: with the answer's source overwritten, the solver must disagree with the labels.
+        source, first, last = source_of(name, config, full)
         broken = list(full)
-        source = bytes(full).decode().index("gate: ") + 6 if name == "passkey" else 1
-        broken[source] = (
-            (broken[source] - 48 + 1) % 10 + 48 if name == "passkey" else (broken[source] + 1) % config_range(name, config)
-        )
+        broken[source] = (broken[source] - first + 1) % (last - first + 1) + first
         assert any(broken[at] != answer for at, answer in solve(broken, config).items())
 
 
-def config_range(name, config):
-    return config.symbols if name == "copy" else config.vocab
+def source_of(name, config, tokens):
+    """Where an answer comes from, and the first and last id that may stand there."""
+    match name:
+        case "copy":
+            return 1, 0, config.symbols - 1
+        case "associative_recall":
+            return 1, 0, config.vocab - 1
+        case "passkey":
+            return bytes(tokens).decode().index("gate: ") + 6, ord("0"), ord("9")
+        case "induction":
+            return tokens.index(config.vocab - 1) + 1, 0, config.vocab - 2
+        case "selective_copy":
+            return next(at for at, token in enumerate(tokens) if token), 1, config.vocab - 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,6 +156,39 @@ def test_the_key_stands_at_its_depth(depth):
     assert min(found) < 400 and max(found) > 1500
 
 
+@pytest.mark.parametrize("depth,places", [(0.0, {0}), (0.5, {126}), (1.0, {253}), (-1.0, None)])
+def test_the_special_token_stands_at_its_depth(depth, places):
+    found = []
+    for number in range(100):
+        row = rows_of("induction", depth=depth).slice(number, 0, LENGTH)
+        at, question = np.flatnonzero(row["tokens"] == 19)
+        assert question == LENGTH - 1 and row["labels"][-1] == row["tokens"][at + 1]
+        found.append(int(at))
+    assert set(found) <= places if places else min(found) < 20 and max(found) > 230
+
+
+def test_what_to_copy_stands_anywhere():
+    """400 rows of 9 tokens at 247 places: a place that could hold one and never does has a probability of 1e-6."""
+    hits = sum(rows_of("selective_copy").slice(number, 0, LENGTH)["tokens"][:247] > 0 for number in range(400))
+    assert hits.sum() == 400 * 9 and hits.min() > 0
+
+
+@pytest.mark.parametrize("name", ["induction", "selective_copy"])
+def test_a_row_of_a_million_tokens(name):
+    length = 2**20
+    row = rows_of(name, length=length).slice(3, length - 512, length)
+    assert len(row["tokens"]) == 512 and row["answers"][-1] and row["positions"][-1] == length - 1
+
+
+@pytest.mark.parametrize("name,least", [("induction", 4), ("selective_copy", 19)])
+def test_the_shortest_row(name, least):
+    config, solve = CASES[name]
+    row = rows_of(name, length=least, causal_labels=False).slice(0, 0, least)
+    assert np.flatnonzero(row["answers"]).tolist() == sorted(solve(row["tokens"].tolist(), config))
+    with pytest.raises(UserError, match=f"rows of at least {least} tokens, not {least - 1}"):
+        rows_of(name, length=least - 1, causal_labels=False)
+
+
 def test_user_mistakes():
     for name, changes, match in [
         ("copy", dict(symbols=1), "datasets.copy.symbols=1"),
@@ -148,6 +201,11 @@ def test_user_mistakes():
         ("passkey", dict(depth=1.5), "datasets.passkey.depth=1.5"),
         ("passkey", dict(key_length=0), "key_length=0"),
         ("passkey", dict(length=40), "data.source='passkey' needs rows of at least"),
+        ("induction", dict(vocab=2), "datasets.induction.vocab=2"),
+        ("induction", dict(depth=2.0), "datasets.induction.depth=2.0"),
+        ("selective_copy", dict(num_tokens=0), "datasets.selective_copy.num_tokens=0"),
+        ("selective_copy", dict(vocab=3), "datasets.selective_copy.vocab=3"),
+        ("selective_copy", dict(loss_on="none"), "loss_on='none'"),
     ]:
         with pytest.raises(UserError, match=match):
             rows_of(name, **changes)

@@ -24,6 +24,7 @@ LEVELS = {
     "pallas_kernels": 0,
     "lcx.mesh": 1,
     "lcx.command": 1,
+    "lcx.folders": 1,
     "lcx.remat": 1,
     "lcx.initializers": 1,
     "lcx.wide_gradient": 1,
@@ -53,7 +54,7 @@ COMMANDS = 15  # every other module of lcx: python -m lcx.<verb>
 # Packages that may import nothing of the project but these (and themselves).
 ONLY = {
     "pallas_kernels": ("lcx.dims", "lcx.ops.types"),
-    "lcx.data": ("lcx.registry", "lcx.mesh", "lcx.command"),
+    "lcx.data": ("lcx.registry", "lcx.folders", "lcx.mesh", "lcx.command"),
     "configs": ("lcx.config", "lcx.registry"),
 }
 # Imported when any config is loaded, so of packages outside the project only these, at module level.

@@ -20,7 +20,7 @@ from lcx.context import SequenceContext
 from lcx.experiment import sizes_of
 from lcx.mesh import make_mesh
 from lcx.model import LossConfig
-from lcx.pretrained import LLAMA, load_params, read_parameter
+from lcx.pretrained import LLAMA, Pretrained, read_parameter
 from lcx.registry import UserError
 from lcx.sharding import parameter_shardings
 from lcx.train_loop.state import plan_model
@@ -44,7 +44,7 @@ def load(variant, **more):
     e = experiment_of(variant, **more)
     plan = plan_model(e, sizes_of(e, 96))
     mesh = make_mesh(**e.mesh_sizes)
-    return e, plan, mesh, load_params(str(FIXTURES / f"llama_{variant}"), e, plan, mesh)
+    return e, plan, mesh, Pretrained(str(FIXTURES / f"llama_{variant}"), e, plan).params(mesh)
 
 
 class Gradients:
@@ -132,7 +132,7 @@ def test_another_model_is_refused_with_the_fields():
     e = small(model__layers=3, model__vocab=96, model__tied=True)
     plan, mesh = plan_model(e, sizes_of(e, 96)), make_mesh()
     with pytest.raises(UserError, match=r"model.layers=3 but num_hidden_layers=2; model.tied=True"):
-        load_params(str(FIXTURES / "llama_gqa_untied"), e, plan, mesh)
+        Pretrained(str(FIXTURES / "llama_gqa_untied"), e, plan).params(mesh)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def checkpoint(tmp_path):
 def start_from(directory, **more):
     e = experiment_of("gqa_untied", **more)
     plan = plan_model(e, sizes_of(e, 96))
-    return load_params(str(directory), e, plan, make_mesh(**e.mesh_sizes))
+    return Pretrained(str(directory), e, plan).params(make_mesh(**e.mesh_sizes))
 
 
 def refusal(directory, **more):
@@ -307,5 +307,5 @@ def test_weights_that_are_not_floating_are_refused(checkpoint):
 
 def test_missing_directory_is_refused():
     e, plan, mesh, _ = load("gqa_untied")
-    with pytest.raises(UserError, match=r"train.init_from='/nowhere'"):
-        load_params("/nowhere", e, plan, mesh)
+    with pytest.raises(UserError, match=r"init_from='/nowhere'"):
+        Pretrained("/nowhere", e, plan).params(mesh)

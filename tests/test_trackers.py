@@ -58,7 +58,17 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(open_all, tmp_path):
     jsonl.close()
 
 
-@pytest.mark.parametrize("resumed_at,kept", [(0, []), (4, [2, 4]), (5, [2, 4]), (9, [2, 4, 6])])
+def test_a_run_that_starts_anew_keeps_the_lines_of_the_one_before(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for loss in (1.0, 2.0, 3.0):
+        jsonl = trackers.Jsonl(path, 0)
+        jsonl.log(1, {"loss": loss})
+        jsonl.close()
+    losses = {file.name: json.loads(file.read_text())["loss"] for file in tmp_path.glob("*.jsonl")}
+    assert losses == {"metrics-1.jsonl": 1.0, "metrics-2.jsonl": 2.0, "metrics.jsonl": 3.0}
+
+
+@pytest.mark.parametrize("resumed_at,kept", [(4, [2, 4]), (5, [2, 4]), (9, [2, 4, 6])])
 def test_steps_that_will_be_done_again_are_dropped(tmp_path, resumed_at, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from lcx.planning import memory
-from lcx.pretrained import load_params
+from lcx.pretrained import Pretrained
 from lcx.registry import UserError
 from lcx.train_loop import checkpoint, fitting, loop, manifest, record, step
 from lcx.train_loop.identity import identity
@@ -251,6 +251,12 @@ def test_differences_name_the_field_and_both_values():
     assert "model.new: 7 -> 8" in checkpoint.differences(saved, current)
 
 
+def test_another_part_is_one_difference():
+    saved = {"values": {"layers.a.mixer": "Ring", "layers.a.mixer.window": None, "layers.a.ffn.width": 8}, "defaults": {}}
+    current = {"values": {"layers.a.mixer": "Mamba", "layers.a.mixer.state": 4, "layers.a.ffn.width": 9}, "defaults": {}}
+    assert checkpoint.differences(saved, current) == ["layers.a.ffn.width: 8 -> 9", "layers.a.mixer: 'Ring' -> 'Mamba'"]
+
+
 def test_parts_that_are_not_used_are_not_part_of_the_identity(run_of):
     values = identity(run_of().experiment)["values"]
     assert values["layers.blockwise.mixer"] == "Blockwise" and not any("ulysses" in field for field in values)
@@ -262,10 +268,10 @@ def test_init_from_starts_at_the_published_loss(run_of):
     fields = dict(model__vocab=96, data__source="copy", train__steps=1, checkpoint__every=0)
     fields |= {"datasets__copy__symbols": 90}
     random = run_of("random", **fields)
-    published = run_of("published", train__init_from=str(fixture), **fields)
+    published = run_of("published", init_from=str(fixture), **fields)
     random.train(), published.train()
     assert abs(logged(random.workdir)[1] - logged(published.workdir)[1]) > 0.1
-    params = load_params(str(fixture), published.experiment, published.plan, published.mesh)
+    params = Pretrained(str(fixture), published.experiment, published.plan).params(published.mesh)
     with jax.set_mesh(published.mesh):
         model = nnx.merge(published.plan.graph, params)
         published.loader.reset()
@@ -308,6 +314,28 @@ def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir="), claim(tmp_path / "file"):
         pass
+
+
+def test_checkpoints_that_are_a_file_are_one_line(run_of):
+    (run_of("taken").workdir).mkdir(parents=True)
+    (run_of("taken").workdir / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints of --workdir='.*' cannot be used as a folder"):
+        run_of("taken").train()
+
+
+@pytest.mark.parametrize("what", ["another model", "other data"])
+def test_what_cannot_start_is_found_before_compiling(run_of, monkeypatch, what):
+    """Compiling takes minutes at scale."""
+    if what == "other data":
+        run_of("started").train()
+        run = run_of("started")
+        (run.workdir / "summary.json").unlink()
+        monkeypatch.setattr(run.loader, "_identity", run.loader._identity | {"data": "another store"})
+    else:
+        run = run_of("elsewhere", init_from="/nowhere")
+    monkeypatch.setattr(run, "_compile", lambda *_: pytest.fail("compiled first"))
+    with pytest.raises(UserError, match="init_from='/nowhere'|the data cannot be resumed: data was"):
+        run.train()
 
 
 def test_no_held_out_data_is_an_error_before_the_first_step(run_of):

@@ -23,6 +23,8 @@ DATASETS = {
     "copy": "lcx.data.tasks.copy:Copy",
     "associative_recall": "lcx.data.tasks.associative_recall:AssociativeRecall",
     "passkey": "lcx.data.tasks.passkey:Passkey",
+    "induction": "lcx.data.tasks.induction:Induction",
+    "selective_copy": "lcx.data.tasks.selective_copy:SelectiveCopy",
 }
 
 CATALOGUES = ("tfds", "hf")
@@ -53,4 +55,7 @@ def build_source(source: str, source_config: Any = None) -> Any:
     """
     part, argument = load_source(source)
     options = part.Config() if source_config is None else source_config
-    return part(options, argument) if argument else part(options)
+    built = part(options, argument) if argument else part(options)
+    if built.generated and built.vocab_size > 2**31 - 1:
+        raise registry.UserError(f"data.source={source!r} would have {built.vocab_size} ids; at most {2**31 - 1} fit int32")
+    return built

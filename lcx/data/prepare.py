@@ -20,6 +20,7 @@ from lcx.data import build_source, load_source, tokenizers
 from lcx.data.config import DataConfig
 from lcx.data.sources import Source
 from lcx.data.store import FORMAT, StoreWriter, TokenStore
+from lcx.folders import make_folder
 from lcx.registry import UserError, config_fields, unknown
 
 
@@ -61,9 +62,10 @@ def _open_or_make(config: DataConfig, source: Source) -> tuple[TokenStore, bool]
     directory = cache_dir / f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())}"
     made = False
     if not directory.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(cache_dir, "data.cache_dir")
         with _lock(cache_dir / f".{name}.lock"):
             if not directory.exists():
+                _sweep(directory)
                 _make(directory, source, tokenizer, what)
                 made = True
     return TokenStore(directory, held_out_fraction=config.held_out_fraction, held_out=config.held_out), made
@@ -76,6 +78,14 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _sweep(directory: pathlib.Path) -> None:
+    """Removes what killed preparations of this store left a day ago and longer; a younger one may be another host's at work."""
+    for left in directory.parent.glob(f".{directory.name}.*"):
+        newest = max((path.stat().st_mtime for path in [left, *left.iterdir()]), default=0.0)
+        if time.time() - newest > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _make(directory: pathlib.Path, source: Source, tokenizer: tokenizers.Tokenizer, what: dict[str, Any]) -> None:

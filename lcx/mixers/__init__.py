@@ -35,12 +35,14 @@ class Caps:
       sharded: the sequence may be spread over devices.
       layouts: token orders it accepts, the one that balances its work first.
       fused: has `prepare` and `attend`.
+      positions: has heads of width `model.head_dim`, whose queries and keys take a position encoding.
     """
 
     bidirectional: bool = False
     sharded: bool = True
     layouts: tuple[str, ...] = ("contiguous",)
     fused: bool = False
+    positions: bool = True
 
 
 def implementation_problems(op: str, name: str) -> list[str]:

@@ -16,7 +16,7 @@ LINEAR = 3**-0.5
 class Recurrent(nnx.Module):
     """A mixer that passes a state from token to token: contiguous order, and in it the same work on every device."""
 
-    caps = Caps(layouts=("contiguous",))
+    caps = Caps(layouts=("contiguous",), positions=False)
 
     @classmethod
     def balanced_layout(cls, config: Any) -> str | None:

@@ -153,7 +153,11 @@ def dilated_attention(
 
 class Kept:
     """Which tokens the heads of this device keep in a branch: B s G ... <-> (rows) m A ..., a row for each batch row, segment
-    and offset. With R = min(r, G) offsets, head g = a R + p is head a of the rows of offset p."""
+    and offset.
+
+    Letters of this file: n segments of a shard, m kept tokens of a segment, r the dilation, O = min(r, G) offsets, A key/value
+    heads of one offset (head g = a O + p is head a of the rows of offset p), R query heads of a key/value head.
+    """
 
     def __init__(self, plan: DilatedPlan, branch: Branch, length: int):
         self.length, self.heads, self.r = length, plan.kv_heads, branch.dilation
@@ -163,8 +167,8 @@ class Kept:
         self.offsets = min(self.r, self.heads)
         self.groups = -(-self.heads // self.offsets)
         first = lax.axis_index("tensor") * plan.kv_heads if plan.tensor > 1 else 0
-        offset_R = (first + jnp.arange(self.offsets)) % self.r
-        self.kept_rR = jnp.arange(self.r)[:, None] == offset_R[None]
+        offset_O = (first + jnp.arange(self.offsets)) % self.r
+        self.kept_rO = jnp.arange(self.r)[:, None] == offset_O[None]
 
     @property
     def padded(self) -> bool:
@@ -185,18 +189,18 @@ class Kept:
         return x.reshape(B, n * self.segment, *rest)[:, : self.length]
 
     def _mask(self, ndim: int) -> jax.Array:
-        """kept_rR against B n m r A R ...."""
-        return self.kept_rR.reshape(1, 1, 1, self.r, 1, self.offsets, *[1] * (ndim - 6))
+        """kept_rO against B n m r A O ...."""
+        return self.kept_rO.reshape(1, 1, 1, self.r, 1, self.offsets, *[1] * (ndim - 6))
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        """B s G ... -> B n m r A R ...."""
+        """B s G ... -> B n m r A O ...."""
         B, s, G, *rest = x.shape
         if extra := self.groups * self.offsets - G:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, extra), *[(0, 0)] * len(rest)])
         return self._split(x.reshape(B, s, self.groups, self.offsets, *rest))
 
     def take(self, x: jax.Array) -> jax.Array:
-        """B s G ... -> (B n R) m A ...."""
+        """B s G ... -> (B n O) m A ...."""
         B, _, _, *rest = x.shape
         x = self._heads(x)
         if self.r > 1:
@@ -206,7 +210,7 @@ class Kept:
         return jnp.moveaxis(x, 4, 2).reshape(B * self.count * self.offsets, self.m, self.groups, *rest)
 
     def put(self, x: jax.Array, others: jax.Array) -> jax.Array:
-        """(B n R) m A ... -> B s G ..., with those of `others` (B s G ...) where a head does not keep a token."""
+        """(B n O) m A ... -> B s G ..., with those of `others` (B s G ...) where a head does not keep a token."""
         _, m, A, *rest = x.shape
         x = jnp.moveaxis(x.reshape(-1, self.count, self.offsets, m, A, *rest), 2, 4)[:, :, :, None]
         if self.r > 1:
@@ -215,13 +219,13 @@ class Kept:
         return x.reshape(*x.shape[:2], A * self.offsets, *rest)[:, :, : self.heads]
 
     def take_tokens(self, tokens_Bs: jax.Array | None, batch: int) -> jax.Array | None:
-        """Document ids B s -> (B n R) m; made up where needed to hide tokens that do not exist."""
+        """Document ids B s -> (B n O) m; made up where needed to hide tokens that do not exist."""
         if tokens_Bs is None:
             if not self.padded:
                 return None
             tokens_Bs = jnp.ones((batch, self.length), jnp.int32)
         x = self._split(tokens_Bs)[..., None]
-        x = jnp.sum(jnp.where(self.kept_rR[None, None, None], x, 0), axis=3, dtype=jnp.int32)
+        x = jnp.sum(jnp.where(self.kept_rO[None, None, None], x, 0), axis=3, dtype=jnp.int32)
         return jnp.moveaxis(x, 3, 2).reshape(-1, self.m)
 
 
@@ -249,7 +253,7 @@ class Rows:
         )
 
     def take_q(self, x_BsH: jax.Array) -> jax.Array:
-        """B s H ... -> (rows) m (A U) ...: the U query heads of a key/value head stay together."""
+        """B s H ... -> (rows) m (A R) ...: the R query heads of a key/value head stay together."""
         rows = self.kept.take(x_BsH.reshape(*self._shape, *x_BsH.shape[3:]))
         return rows.reshape(*rows.shape[:2], -1, *x_BsH.shape[3:])
 
@@ -260,7 +264,7 @@ class Rows:
         return x.reshape(*x.shape[:2], -1, *rest)
 
     def take_lse(self, x_BHs: jax.Array) -> jax.Array:
-        """B H s -> (rows) (A U) m."""
+        """B H s -> (rows) (A R) m."""
         return jnp.swapaxes(self.take_q(jnp.swapaxes(x_BHs, 1, 2)), 1, 2)
 
     def put_lse(self, x: jax.Array, others_BHs: jax.Array) -> jax.Array:

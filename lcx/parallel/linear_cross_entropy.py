@@ -54,6 +54,8 @@ def linear_cross_entropy(
 ) -> tuple[jax.Array, ...]:
     """`lcx.ops.linear_cross_entropy` of arrays that are spread over a mesh: the same values and gradients.
 
+    The parts of dx from slices of the vocabulary add up in x's type, as everywhere over `tensor` (`lcx.sharding.tokenwise`).
+
     Args:
       x_BSD, labels_BS, weights_BS: batch over (data, fsdp), sequence over seq, in any layout.
       w_DV: laid out by `lcx.sharding.parameter_spec("DV")`; gathered over (fsdp, seq) once, before the loop over chunks.

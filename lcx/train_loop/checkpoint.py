@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lcx.folders import make_folder
 from lcx.registry import UserError
 from lcx.train_loop import manifest
 from lcx.train_loop.settings import CheckpointConfig
@@ -25,6 +26,7 @@ FORMAT_VERSION = 1
 FREE_FIELDS = (
     "name",
     "scale",
+    "init_from",
     "require.",
     "mesh.",
     "sequence.layout",
@@ -32,7 +34,6 @@ FREE_FIELDS = (
     "loss.chunk",
     "data.cache_dir",
     "train.accumulate",
-    "train.init_from",
     "train.log_every",
     "train.max_bad_steps",
     "evaluate.",
@@ -69,7 +70,10 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     then = lambda field: saved["values"].get(field, defaults.get(field, "absent"))
     now = lambda field: values[field] if field in values else "absent"
     changed = [f for f in sorted(saved["values"].keys() | values.keys()) if not free(f) and then(f) != now(f)]
-    return [f"{f}: {then(f)!r} -> {now(f)!r}" for f in changed]
+    # Another part has other fields: that it is another says it all.
+    replaced = {"pattern": "layers.", "data.source": "dataset."}
+    others = tuple(replaced.get(f, f"{f}.") for f in changed)
+    return [f"{f}: {then(f)!r} -> {now(f)!r}" for f in changed if not f.startswith(others)]
 
 
 class Checkpoints:
@@ -78,13 +82,14 @@ class Checkpoints:
     Args:
       directory: where they lie.
       config: how many to keep.
-      identity: what the run computes (`identity`), saved beside each state and compared on restore.
+      identity: what the run computes (`identity`), saved beside each state and compared on restore; None compares nothing, for
+        those who only read parameters.
     """
 
-    def __init__(self, directory: pathlib.Path, config: CheckpointConfig, identity: dict[str, Any]):
+    def __init__(self, directory: pathlib.Path, config: CheckpointConfig, identity: dict[str, Any] | None):
         self._directory = directory.resolve()
         self._identity = identity
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory, "checkpoints of --workdir")
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -138,6 +143,30 @@ class Checkpoints:
         self._discard_after(step)
         return TrainState(**tree)
 
+    def restore_params(self, step: int, wanted: Any) -> Any:
+        """The parameters alone of a checkpoint that `find` found.
+
+        Args:
+          step: its step.
+          wanted: ShapeDtypeStructs of the parameters, with the shardings they get.
+
+        Raises:
+          UserError: the checkpoint's parameters have other names or shapes.
+        """
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = _shapes(reader.metadata(self._directory / str(step) / "state").tree["params"])
+        asked = _shapes(wanted)
+        changed = [name for name in sorted(saved.keys() | asked.keys()) if saved.get(name) != asked.get(name)]
+        if changed:
+            first = "; ".join(f"{name}: {saved.get(name, 'absent')} -> {asked.get(name, 'absent')}" for name in changed[:2])
+            more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+            raise UserError(f"the parameters in {self._directory} have other shapes than the config's: {first}{more}")
+        tree = {"params": wanted}
+        args = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=args)).state["params"]
+
     def _newest_good(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as they were written, and a line for every newer one. Process 0 reads the files and
         decides for all: each reading all of a pod's checkpoint would take long, and they must not differ."""
@@ -157,7 +186,7 @@ class Checkpoints:
     def _compare(self, step: int, meta: dict[str, Any]) -> None:
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"checkpoint step {step} has format {meta['format_version']}, this lcx reads {FORMAT_VERSION}")
-        changed = differences(meta["identity"], self._identity)
+        changed = differences(meta["identity"], self._identity) if self._identity else []
         if changed:
             raise UserError(
                 f"the checkpoint in {self._directory} was trained with another config ({'; '.join(changed)}); "
@@ -179,6 +208,13 @@ class Checkpoints:
         """Waits for the last save."""
         with contextlib.closing(self._manager):
             self._manager.wait_until_finished()
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter; the same for a state and for Orbax's description of a saved one."""
+    return {
+        ".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

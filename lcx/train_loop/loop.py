@@ -13,7 +13,7 @@ from lcx.data.loader import Loader, make_loader
 from lcx.experiment import Experiment, sizes_of
 from lcx.mesh import make_mesh
 from lcx.ops import dispatch
-from lcx.pretrained import load_params
+from lcx.pretrained import Pretrained
 from lcx.train_loop import optimizer as optimizers
 from lcx.train_loop import record, screen, trackers
 from lcx.train_loop.checkpoint import Checkpoints, Found
@@ -66,10 +66,13 @@ class Run:
                 self.screen.say(f"this run is finished; choose another --workdir than {self.workdir} for a new one")
                 self.screen.closing(e, done, self.workdir)
                 return done
+            pretrained = Pretrained(e.run.init_from, e, self.plan) if e.run.init_from and not found else None
+            if found:
+                self.loader.restore(found.loader)
             step_fn, eval_fn = self._compile(next(self.loader), next(self.held_out))
             self.throughput = Throughput(self.experiment, self.plan)
             self.loader.reset()
-            state, first = self._state(checkpoints, found)
+            state, first = self._state(checkpoints, found, pretrained)
             if jax.process_index() == 0:
                 self.sinks = trackers.open_trackers(e.track, self.workdir, e.run.name, e.resolved, first)
             request = stack.enter_context(StopRequest())
@@ -97,11 +100,11 @@ class Run:
         self.screen.opening(e, written, str(self.workdir))
         return fitted.step, evaluation
 
-    def _state(self, checkpoints: Checkpoints, found: Found | None) -> tuple[TrainState, int]:
+    def _state(self, checkpoints: Checkpoints, found: Found | None, pretrained: Pretrained | None) -> tuple[TrainState, int]:
         """The state and step to start from: those of the checkpoint that was found, or a fresh state and 0."""
         if found is None:
-            e, plan, mesh = self.experiment, self.plan, self.mesh
-            params = load_params(e.train.init_from, e, plan, mesh) if e.train.init_from else init_params(e, plan, mesh)
+            fresh = lambda: init_params(self.experiment, self.plan, self.mesh)
+            params = pretrained.params(self.mesh) if pretrained else fresh()
             return init_state(params, self.optimizer, self.shardings), 0
         for line in found.rejected:
             self.screen.say(f"warning: passed over a damaged checkpoint: {line}")

@@ -44,6 +44,17 @@ def _table(title: str) -> Table:
     return table
 
 
+def _add_held_out(table: Table, experiment: Experiment, held_out: dict[str, Any]) -> None:
+    """The rows of an evaluation (`lcx.train_loop.evaluation.evaluate`)."""
+    unit = "byte" if experiment.data.tokenizer == "bytes" and "exact_match" not in held_out else "token"
+    table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per {unit}, perplexity {held_out['perplexity']:.3f}")
+    for band in held_out["by_position"]:
+        table.add_row(f"  positions {band['start']:,} to {band['stop'] - 1:,}", f"{band['loss']:.4f}")
+    if "exact_match" in held_out:
+        rows, tokens = 100 * held_out["exact_match"], 100 * held_out["token_accuracy"]
+        table.add_row("answers", f"{rows:.1f} % rows exact, {tokens:.1f} % tokens")
+
+
 class Screen:
     """The output of one run; only process 0 writes."""
 
@@ -124,14 +135,7 @@ class Screen:
         """The final table: what came out, where it lies, what to try next."""
         table = _table("result")
         table.add_row("steps", f"{summary['step']}" + (f" ({summary['skipped']} skipped)" if summary["skipped"] else ""))
-        held_out = summary["held_out"]
-        unit = "byte" if experiment.data.tokenizer == "bytes" and "exact_match" not in held_out else "token"
-        table.add_row("held-out loss", f"{held_out['loss']:.4f} nats per {unit}, perplexity {held_out['perplexity']:.3f}")
-        for band in held_out["by_position"]:
-            table.add_row(f"  positions {band['start']:,} to {band['stop'] - 1:,}", f"{band['loss']:.4f}")
-        if "exact_match" in held_out:
-            rows, tokens = 100 * held_out["exact_match"], 100 * held_out["token_accuracy"]
-            table.add_row("answers", f"{rows:.1f} % rows exact, {tokens:.1f} % tokens")
+        _add_held_out(table, experiment, summary["held_out"])
         if "tokens_per_second" in summary["last_step"]:
             table.add_row("speed", f"{figure(summary['last_step']['tokens_per_second'])} tokens/s")
         for name in ("device", "host"):
@@ -150,6 +154,15 @@ class Screen:
             self.say(f"Next: the same command on accelerators runs the real experiment; here, longer: {longer}")
         else:
             self.say(f"Next: change a field, e.g. {again('optimizer.learning_rate=1e-3')}")
+
+    def evaluated(self, experiment: Experiment, evaluation: dict[str, Any], file: pathlib.Path) -> None:
+        """The table of an evaluation that is no part of a training: which parameters, on what, what came out."""
+        table = _table(f"evaluation of {experiment.run.name}")
+        table.add_row("parameters", f"after step {evaluation['step']}")
+        table.add_row("sequence", f"{experiment.sequence.length:,} tokens, {experiment.train.batch} at a time")
+        _add_held_out(table, experiment, evaluation["held_out"])
+        table.add_row("file", Text(str(file)))
+        self.console.print(table)
 
 
 def again(change: str) -> str:

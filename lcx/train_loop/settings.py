@@ -30,7 +30,6 @@ class TrainConfig:
       accumulate: parts into which a step's batch is cut; gradients add up weighted by valid tokens.
       log_every: steps between logged lines.
       max_bad_steps: steps in a row with a non-finite loss or gradient after which the run saves and stops.
-      init_from: a directory of safetensors of the Llama family to start from; empty for random weights.
     """
 
     steps: int = 100
@@ -38,7 +37,6 @@ class TrainConfig:
     accumulate: int = 1
     log_every: int = 10
     max_bad_steps: int = 5
-    init_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

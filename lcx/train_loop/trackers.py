@@ -1,5 +1,6 @@
 """Where metrics go. metrics.jsonl always; W&B and TensorBoard beside it. A tracker never ends a run."""
 
+import itertools
 import json
 import logging
 import netrc
@@ -26,10 +27,14 @@ class Tracker(Protocol):
 
 
 class Jsonl:
-    """One JSON object per logged step, flushed at once. Lines of steps that a continued run will do again are dropped."""
+    """One JSON object per logged step, flushed at once. Lines of steps that a continued run will do again are dropped; a run that
+    starts anew in a used workdir leaves the old file beside its own, as metrics-1.jsonl and so on."""
 
     def __init__(self, path: pathlib.Path, resumed_at: int):
         kept = []
+        if not resumed_at and path.exists() and path.stat().st_size:
+            taken = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+            path.rename(next(other for other in taken if not other.exists()))
         if path.exists():
             for line in path.read_text().splitlines():
                 try:

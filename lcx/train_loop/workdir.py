@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
+from lcx.folders import make_folder
 from lcx.registry import UserError
 
 
@@ -18,10 +19,10 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
       UserError: it cannot be made or written to, or another run holds it.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir, "--workdir")
         lock = (workdir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+        raise UserError(f"--workdir={str(workdir)!r} cannot be written to: {error.strerror}") from error
     with lock:
         if jax.process_index() == 0:
             try:

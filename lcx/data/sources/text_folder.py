@@ -36,7 +36,11 @@ class TextFolder:
         self._root = pathlib.Path(config.path)
         if not config.path or not self._root.is_dir():
             raise UserError(f"datasets.text_folder.path={config.path!r} must be a folder of text files")
-        files = [path for path in self._root.glob(config.pattern) if path.is_file()]
+        try:
+            files = [path for path in self._root.glob(config.pattern) if path.is_file()]
+        except (ValueError, NotImplementedError) as error:
+            field = f"datasets.text_folder.pattern={config.pattern!r}"
+            raise UserError(f"{field} must be relative to the folder, such as '**/*.txt': {error}") from None
         self._files = sorted(files, key=lambda path: path.relative_to(self._root).as_posix())
         if not self._files:
             raise UserError(
