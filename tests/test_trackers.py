@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl is exact across restarts, W&B and TensorBoard never end a run, and what a person sees."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -306,18 +307,32 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     shown.stop()
     out = capsys.readouterr().out
     assert "\x1b" in out and "10/20" in out
+    with shown.doing("compiling"):
+        pass
+    assert "compiling" in capsys.readouterr().out
 
 
-def opening(capsys, scale: str, workdir: str) -> str:
-    e = small(scale=scale)
-    screen.Screen(20).opening(e, RECORD, workdir)
+def test_what_takes_long_is_named_where_there_is_no_terminal(capsys):
+    with screen.Screen(20).doing("compiling the training step"):
+        assert capsys.readouterr().out == "compiling the training step ...\n"
+
+
+def opening(capsys, scale: str, workdir: str, full_length: int = 1024) -> str:
+    e, shown = dataclasses.replace(small(scale=scale), full_length=full_length), screen.Screen(20)
+    shown.announce(e)
+    shown.opening(e, RECORD, workdir)
     return capsys.readouterr().out
 
 
 def test_a_rehearsal_says_so_first_with_both_lengths(capsys):
     first, *rest = opening(capsys, "rehearsal", "runs/mine").splitlines()
-    assert first.startswith("REHEARSAL of base") and "64 tokens" in first and "64." in first
+    assert first.startswith("REHEARSAL of base") and "64 tokens" in first and first.endswith("the real experiment has 1,024.")
     assert any("1.23M parameters" in line for line in rest) and any("attention: chunked" in line for line in rest)
+
+
+def test_a_rehearsal_at_the_real_length_says_so(capsys):
+    first = opening(capsys, "rehearsal", "runs/mine", full_length=64).splitlines()[0]
+    assert first.endswith("64 tokens a sequence; as many as the real experiment has.")
 
 
 def test_a_full_run_does_not_speak_of_rehearsals(capsys):

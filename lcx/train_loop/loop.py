@@ -33,9 +33,11 @@ class Run:
     def __init__(self, experiment: Experiment, workdir: pathlib.Path):
         self.experiment, self.workdir = experiment, workdir
         self.screen = screen.Screen(experiment.train.steps)
+        self.screen.announce(experiment)
         sizes = experiment.mesh_sizes
         self.mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
-        self.loader, self.held_out = self._loader("train"), self._loader("held_out")
+        with self.screen.doing(f"preparing the data of {experiment.data.source}"):
+            self.loader, self.held_out = self._loader("train"), self._loader("held_out")
         self.plan = plan_model(experiment, sizes_of(experiment, self.loader.vocab_size))
         self.optimizer = optimizers.build(experiment.optimizer, experiment.train.steps, self.plan.infos)
         self.shardings = state_shardings(self.optimizer, self.plan, self.mesh)
@@ -88,7 +90,8 @@ class Run:
 
         Nothing is allocated before the compiler has said that it fits. run.json and the opening lines come from here.
         """
-        with dispatch.recording(require=self.experiment.require) as choices:
+        compiling = self.screen.doing("compiling the training step")
+        with dispatch.recording(require=self.experiment.require) as choices, compiling:
             fitted = compile_fitting(self.experiment, self.plan.sizes, self.optimizer, self.mesh, batch, say=self.screen.say)
             e, self.experiment, self.plan = fitted.experiment, fitted.experiment, fitted.plan
             params = abstract_state(self.optimizer, self.plan, self.mesh).params
@@ -178,7 +181,8 @@ class Run:
         if ending == "stopped":
             self.screen.say(f"stopped after step {step}; the state is saved, the same command continues")
             return {"ending": ending, "step": step}
-        held_out = self._evaluate(state, eval_fn)
+        with self.screen.doing("evaluating on held-out data"):
+            held_out = self._evaluate(state, eval_fn)
         self._log(step, _prefixed(held_out))
         if ending == "finished" and (int(state.skipped) == step or not math.isfinite(held_out["loss"])):
             ending = "diverged"

@@ -1,13 +1,23 @@
 """What a person sees: the run at the top, progress with a time to go, the final table. Plain lines where there is no terminal."""
 
+import contextlib
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -68,18 +78,31 @@ class Screen:
         """One line."""
         self.console.print(text, markup=False)
 
+    def announce(self, experiment: Experiment) -> None:
+        """That a rehearsal is one, before anything that takes time."""
+        if experiment.scale == "rehearsal":
+            length, full = experiment.sequence.length, experiment.full_length
+            real = "as many as the real experiment has" if length == full else f"the real experiment has {full:,}"
+            self.say(f"REHEARSAL of {experiment.run.name}: the same code path at {length:,} tokens a sequence; {real}.")
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows what takes so long: with a clock on a terminal, as a line elsewhere."""
+        if not self.console.is_terminal:
+            self.say(f"{what} ...")
+            yield
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            progress.add_task(what, total=None)
+            yield
+
     def opening(self, experiment: Experiment, record: dict[str, Any], workdir: str) -> None:
         """What is being run, at which scale, on what."""
         table = _table(f"lcx: {experiment.run.name}")
-        length = f"{experiment.sequence.length:,} tokens"
-        if experiment.scale == "rehearsal":
-            self.say(
-                f"REHEARSAL of {experiment.run.name}: the same code path at {length} a sequence; "
-                f"the real experiment has {experiment.full_length:,}."
-            )
         rows = {
             "scale": experiment.scale,
-            "sequence": f"{length}, layout {experiment.layout}, batch {experiment.train.batch}",
+            "sequence": f"{experiment.sequence.length:,} tokens, layout {experiment.layout}, batch {experiment.train.batch}",
             "model": f"{figure(record['parameters']['total'])} parameters, {experiment.model.layers} layers of "
             + " ".join(record["pattern"]),
             "data": experiment.data.source,
@@ -97,8 +120,9 @@ class Screen:
         """Progress from `step` on."""
         self._began, self._first = time.perf_counter(), step
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self.console)
+            # The spinner and the clock move while a step of a minute does not.
+            columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("to go"))
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
             self._task = self._progress.add_task("training", total=self._steps, completed=step)
             self._progress.start()
 
