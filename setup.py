@@ -52,7 +52,6 @@ setup(
     description="Training on very long sequences, from 128 thousand tokens to a billion, in JAX and Flax",
     python_requires=">=3.12",
     packages=find_packages(include=["lcx", "lcx.*", "pallas_kernels", "pallas_kernels.*", "configs", "launch", "launch.*"]),
-    package_data={"pallas_kernels": ["tuned/*.json", "README.md"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

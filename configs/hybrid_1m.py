@@ -25,6 +25,7 @@ def get_config():
         config.rehearsal = {
             "pattern": ("mamba", "local"),
             "mesh": {"seq": 2},
+            "sequence": {"layout": "zigzag"},  # so that hidden states are converted, as in front of full attention
             "layers": {"local": {"window": 1024}},
             "model": {"layers": 2, "dim": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "dtype": "float32"},
             "ffns": {"gated": {"width": 64}},

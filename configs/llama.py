@@ -1,8 +1,8 @@
 """The Llama family at its published sizes, on sequences of 1,048,576 tokens with ring attention.
 
-    python -m lcx.train --config configs/llama.py:8b --config.init_from=DIR
+    python -m lcx.train --config configs/llama.py:8b --config.init_from=DIR --config.data.tokenizer=DIR/tokenizer.json
 
-DIR holds the safetensors and config.json of a published checkpoint; without it training starts from random weights.
+DIR holds the safetensors, config.json and tokenizer of a published checkpoint; without it training starts from random weights.
 Sizes: 1b 3b 7b 8b 13b 30b 70b. Real experiment: a pod slice with 4K to 16K tokens a device (256 devices for 7b).
 Rehearsal (a host without accelerators): the same layer plan at toy width, 1,024 tokens over 8 virtual devices, 20 steps in
 about a minute on two cores; the held-out loss ends below 4.0 nats per byte (from 5.5, an even guess).

@@ -16,7 +16,9 @@ def prepare_platform() -> None:
     `JAX_NUM_CPU_DEVICES` states another number. Virtual devices share the host's cores and can be late to a collective
     by minutes, so the rendezvous is told to wait.
     """
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
+    count = os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"JAX_NUM_CPU_DEVICES={count!r} must be an integer of at least 1")
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     if patience.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()

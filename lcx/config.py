@@ -121,8 +121,10 @@ def load_file(path: str) -> ml_collections.ConfigDict:
     file = pathlib.Path(name)
     if not file.is_file():
         others = file.parent.glob("*.py") if file.parent.is_dir() else ()
-        beside = sorted(str(p) for p in others if "def get_config" in p.read_text())
+        beside = sorted(str(p) for p in others if "def get_config" in p.read_text(errors="replace"))
         raise registry.unknown("--config", name, beside or ["a Python file such as configs/tiny.py"])
+    if file.suffix != ".py":
+        raise UserError(f"--config={name} is no Python file (.py) with get_config(), such as configs/tiny.py")
     spec = importlib.util.spec_from_file_location(f"lcx_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -142,13 +144,24 @@ def load_file(path: str) -> ml_collections.ConfigDict:
         raise mistake from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={name}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    check_blocks(config)
     return config
+
+
+def check_blocks(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError unless a config has the blocks of `base`, each as a block."""
+    top = [field.name for field in dataclasses.fields(RunConfig)]
+    blocks = [*BLOCKS, *TABLES, "require", "layers", "rehearsal"]
+    check_fields(config, [*top, *blocks], "config")
+    for name in blocks:
+        if not isinstance(config[name], ml_collections.ConfigDict):
+            raise UserError(f"config.{name}={config[name]!r} must be a block; change fields of it rather than replace it")
 
 
 def _mistake(error: Exception, file: pathlib.Path) -> UserError | None:
     """One line for what a config file, or a ConfigDict that it used, raised; None for a failure elsewhere, which is ours."""
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return UserError(f"{file}:{error.lineno}: {error.msg}")
+    if isinstance(error, SyntaxError) and error.filename in (str(file), None):
+        return UserError(f"{file}:{error.lineno or 1}: {error.msg}")
     frames = [(f, f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
     innermost, last = [(f, name) for f, name, _ in frames if not name.startswith("<frozen ")][-1]
     owner, lines = innermost.f_locals.get("self"), [line for _, name, line in frames if name == str(file)]
@@ -254,7 +267,7 @@ def typed(config_class: type, values: Any, field: str) -> Any:
             value = values[name] = tuple(value)
         if value is None or not fits(value, kind):
             raise UserError(f"{field}.{name}={value!r} is not of type {kind.__name__}")
-        # A part's numbers; those of the run's own blocks have ranges (`lcx.experiment.RANGES`).
+        # A part's numbers; those of the run's own blocks have ranges (`lcx.ranges`).
         if "." in field and kind is float and not math.isfinite(value):
             raise UserError(f"{field}.{name}={value!r} must be finite")
         values[name] = float(value) if kind is float else value

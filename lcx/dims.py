@@ -16,7 +16,7 @@ DIMS = {
     "D": "model width",
     "H": "query heads",
     "G": "key/value heads, or B/C groups of a state-space model",
-    "R": "query heads per key/value head (H = G * R)",
+    "R": "query heads per key/value head (H = G * R); rank of a step-size projection",
     "K": "width of one head",
     "F": "feed-forward width",
     "V": "vocabulary",

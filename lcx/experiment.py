@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -21,70 +21,12 @@ from lcx.mixers import MIXERS
 from lcx.parallel import layouts
 from lcx.posenc import POSENCS
 from lcx.posenc.rope import Rope
+from lcx.ranges import RANGES
 from lcx.registry import UserError
 from lcx.train_loop import optimizer, settings
 from pallas_kernels import KERNELS
 
 DTYPES = ("bfloat16", "float32")
-
-
-class Range(NamedTuple):
-    """The finite values from `low` to `high`, None for no limit; without `low` itself if `above`, without `high` if `below`."""
-
-    low: float
-    high: float | None = None
-    above: bool = False
-    below: bool = False
-
-    def refuses(self, value: float) -> str | None:
-        """What a value must be and is not; None for one in range."""
-        fits = math.isfinite(value) and (value > self.low if self.above else value >= self.low)
-        if fits and (self.high is None or (value < self.high if self.below else value <= self.high)):
-            return None
-        lower = f"{'above' if self.above else 'at least'} {self.low}"
-        upper = " and finite" if self.high is None else f" and {'below' if self.below else 'at most'} {self.high}"
-        return lower + (upper if self.high is not None or not math.isfinite(value) else "")
-
-
-POSITIVE = Range(0, above=True)
-
-# Field -> its range. A field left at None is not compared.
-RANGES: dict[str, Range] = {
-    "run.seed": Range(0, 2**63, below=True),
-    "sequence.length": Range(1, 2**30),  # to where rotary angles are exact
-    "model.layers": Range(1),
-    "model.dim": Range(1),
-    "model.heads": Range(1),
-    "model.kv_heads": Range(1),
-    "model.head_dim": Range(1),
-    "model.vocab": Range(1),
-    "model.logit_softcap": POSITIVE,
-    "model.norm_eps": POSITIVE,
-    "posencs.rope.theta": POSITIVE,
-    "block.token_chunk": Range(0),
-    "loss.chunk": Range(1),
-    "loss.z_loss": Range(0),
-    "loss.label_smoothing": Range(0, 1, below=True),
-    "optimizer.learning_rate": POSITIVE,
-    "optimizer.beta1": Range(0, 1, below=True),
-    "optimizer.beta2": Range(0, 1, below=True),
-    "optimizer.eps": Range(0),
-    "optimizer.weight_decay": Range(0),
-    "optimizer.clip_norm": Range(0),
-    "optimizer.warmup_steps": Range(0),
-    "optimizer.decay_fraction": Range(0, 1),
-    "optimizer.final_fraction": Range(0, 1),
-    "train.steps": Range(1),
-    "train.batch": Range(1),
-    "train.accumulate": Range(1),
-    "train.log_every": Range(1),
-    "train.max_bad_steps": Range(1),
-    "evaluate.every": Range(0),
-    "evaluate.batches": Range(1),
-    "evaluate.buckets": Range(1),
-    "checkpoint.every": Range(0),
-    "checkpoint.keep": Range(1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +38,7 @@ class Experiment:
       mesh_sizes: devices along each mesh axis, with -1 resolved.
       layout: of the token stream, resolved.
       pattern: the layer kinds.
-      dataset: typed config of the chosen data source; None for sources that take none.
+      dataset: typed config of the chosen data source.
       require: op -> the implementation that must win.
       scale: full or rehearsal.
       full_length: sequence length at full scale.
@@ -150,6 +92,8 @@ def load(path: str, overrides: dict[str, str], devices: int | None = None) -> Ex
     if scale == "rehearsal":
         for field, value in _leaves(differences):
             config.assign(conf, field, value, origin=f"{path}: rehearsal")
+        if not any(field.startswith("mesh.") for field in overrides):
+            conf.mesh.seq = _shrunk(dict(conf.mesh), jax.device_count() if devices is None else devices)
     for field, text in overrides.items():
         config.assign(conf, field, text, origin="command line")
     conf.scale = scale
@@ -167,8 +111,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | None = None) -> Experiment:
     """The typed, checked experiment of a complete config, for `devices` devices; None for those that are here."""
+    config.check_blocks(conf)
     top = [field.name for field in dataclasses.fields(config.RunConfig)]
-    config.check_fields(conf, [*top, *config.BLOCKS, *config.TABLES, "require", "layers", "rehearsal"], "config")
     for name, table in {**config.TABLES, "require": KERNELS}.items():
         config.check_fields(conf[name], table, name)
     blocks = {name: config.typed(kind, conf[name], name) for name, kind in config.BLOCKS.items()}
@@ -180,12 +124,12 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
         if not isinstance(name, str):
             raise registry.unknown("config.pattern entry", name, [*conf.layers, *MIXERS])
     available = jax.device_count() if devices is None else devices
-    if run.scale == "rehearsal":
-        axes = _shrunk(axes, available)
     if devices is None or run.scale == "rehearsal":
         available = _used(axes, available, anywhere=run.scale == "rehearsal")
     mesh_sizes = mesh.resolve_sizes(axes, available)
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
+    for name in conf.layers:  # those that the pattern leaves out too: a sweep over patterns must not meet their mistakes late
+        layer_kind(conf, run, name)
     layout = stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"])
     if blocks["sequence"].layout == "auto" and mesh_sizes["seq"] > 1:
         balanced = lambda kind: kind.mixer.balanced_layout(kind.mixer_config)
@@ -219,18 +163,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _shrunk(axes: dict[str, int], available: int) -> dict[str, int]:
-    """A rehearsal's mesh with as many devices on `seq` as there are, where it states more."""
+def _shrunk(axes: dict[str, int], available: int) -> int:
+    """How many devices a rehearsal's mesh has on `seq`: as many as there are, where it states more."""
     others = math.prod(size for axis, size in axes.items() if axis != "seq")
     if -1 in axes.values() or others * axes["seq"] <= available or others > available:
-        return axes
-    return axes | {"seq": available // others}
+        return axes["seq"]
+    return available // others
 
 
 def _used(axes: dict[str, int], available: int, anywhere: bool) -> int:
-    """How many devices: all on accelerators; on a CPU host, whose devices are virtual, and in a rehearsal what the axes ask."""
-    virtual = jax.default_backend() == "cpu" and jax.process_count() == 1
-    if -1 in axes.values() or not (virtual or anywhere):
+    """How many devices: all on accelerators; on a CPU host, whose devices are virtual, and in a rehearsal what the axes ask.
+
+    Of several processes each must have devices in the mesh, so there it is all of them.
+    """
+    if -1 in axes.values() or jax.process_count() > 1 or not (anywhere or jax.default_backend() == "cpu"):
         return available
     return min(math.prod(axes.values()), available)
 
@@ -262,7 +208,11 @@ def layer_kind(conf: ml_collections.ConfigDict, run: config.RunConfig, name: str
         if key not in values:
             raise registry.unknown(f"{field} field", key, ["mixer", "posenc", "ffn", *values])
         # An int window is the sliding window W of other frameworks: the token itself and W - 1 before it.
-        values[key] = (value - 1, 0) if key == "window" and config.fits(value, int) else value
+        if key == "window" and config.fits(value, int):
+            if value < 1:
+                raise UserError(f"{field}.window={value} must be at least 1: the token itself")
+            value = (value - 1, 0)
+        values[key] = value
     return model.LayerKind(
         name=name,
         mixer=mixer,
@@ -319,12 +269,13 @@ def check(experiment: Experiment) -> list[str]:
             f"mesh.data*mesh.fsdp={rows}"
         )
     needed = {kind.layout_in(e.layout) for kind in e.pattern} | {e.layout}
-    multiple = math.lcm(*(layouts.shard_multiple(layout, shards) for layout in needed))
+    multiples = {layout: layouts.shard_multiple(layout, shards) for layout in sorted(needed)}
+    multiple = math.lcm(*multiples.values())
     if e.sequence.length % multiple:
         near = max(multiple, round(e.sequence.length / multiple) * multiple)
         problems.append(
             f"sequence.length={e.sequence.length} must be a multiple of {multiple} for mesh.seq={shards} in layout "
-            f"{e.layout!r}; the nearest is {near}"
+            f"{' and '.join(repr(layout) for layout in multiples)}; the nearest is {near}"
         )
     if sizes.D % owners:
         problems.append(

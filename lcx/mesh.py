@@ -85,7 +85,7 @@ def initialize_distributed() -> None:
     """Joins the processes of a run where a launcher announces several; does nothing on a single host.
 
     JAX recognises Open MPI, SLURM (srun), Cloud TPU and Kubernetes (an indexed Job) by itself; `LCX_COORDINATOR`,
-    `LCX_PROCESSES` and `LCX_PROCESS_ID` state a run by hand (the local launcher sets them).
+    `LCX_PROCESSES` and `LCX_PROCESS_ID` state a run by hand.
 
     Raises:
       UserError: a run by hand that is not stated in full.
@@ -93,6 +93,8 @@ def initialize_distributed() -> None:
     if "LCX_COORDINATOR" in os.environ:
         if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        if not os.environ["LCX_COORDINATOR"].rpartition(":")[2].isdecimal():
+            raise UserError(f"LCX_COORDINATOR={os.environ['LCX_COORDINATOR']!r} must be HOST:PORT")
         processes = _stated("LCX_PROCESSES", 1)
         jax.distributed.initialize(
             coordinator_address=os.environ["LCX_COORDINATOR"],

@@ -180,11 +180,29 @@ def test_a_layer_kind_of_the_config_carries_its_own_fields(config_file):
         ("dict(mixer='ring', window=True)", ["layers.local.window=True", "tuple"]),
         ("dict(mixer='ring', sink_tokens=1.5)", ["layers.local.sink_tokens=1.5", "int"]),
         ("3", ["layers.local=3", "dict"]),
+        ("dict(mixer='ring', window=0)", ["layers.local.window=0", "at least 1"]),
+        ("dict(mixer='ring', window=(2**40, 0))", ["window=(1099511627776, 0)", "below 2^30"]),
+        ("dict(mixer='ring', sink_tokens=4)", ["sink_tokens=4 without a window"]),
+        ("dict(mixer='longnet', segments=(64,), dilations=(100_000_000,))", ["dilations=(100000000,) must hold a 1"]),
+        ("dict(mixer='longnet', segments=(64, 64), dilations=(1, 65))", ["dilation 65 of segment 64", "at most 64"]),
+        ("dict(mixer='mamba', conv=99_999_999)", ["conv=99999999", "lower it"]),
         ("dict(mixer='mamba', posenc='alibi')", ["layers.local.posenc='alibi'", "'mamba' takes no position encoding"]),
     ],
 )
 def test_a_mistake_in_a_layer_kind_names_its_field(config_file, mistake, kind, parts):
     says(mistake("--config", config_file(f"config.layers.local = {kind}\nconfig.pattern = ('local',)")), *parts)
+
+
+def test_a_mistake_in_a_kind_that_the_pattern_leaves_out_is_found(config_file, mistake):
+    says(mistake("--config", config_file("config.layers.local = dict(mixer='rng')")), "layers.local.mixer='rng'")
+
+
+def test_only_a_rehearsal_that_states_a_mesh_is_shrunk(config_file, mistake):
+    """What the command line asks for is not changed."""
+    file = config_file("config.sequence.length = 4096\nconfig.rehearsal = {'mesh': {'seq': 64}, 'sequence': {'length': 512}}")
+    e = experiment.load(file, {"scale": "rehearsal"}, devices=8)
+    assert e.mesh_sizes["seq"] == e.resolved["mesh"]["seq"] == 8
+    says(mistake("--config", file, "--config.scale=rehearsal", "--config.mesh.seq=64"), "64")
 
 
 def test_a_recurrence_alone_needs_no_heads(config_file):

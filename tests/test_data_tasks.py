@@ -156,15 +156,18 @@ def test_the_key_stands_at_its_depth(depth):
     assert min(found) < 400 and max(found) > 1500
 
 
-@pytest.mark.parametrize("depth,places", [(0.0, {0}), (0.5, {126}), (1.0, {253}), (-1.0, None)])
-def test_the_special_token_stands_at_its_depth(depth, places):
-    found = []
-    for number in range(100):
-        row = rows_of("induction", depth=depth).slice(number, 0, LENGTH)
+@pytest.mark.parametrize("distance,median", [("uniform", 128), ("log", 23), ("longest", 255)])
+def test_the_special_token_stands_at_its_distance(distance, median):
+    """Of rows of 257 tokens; the median of a log-uniform distance from 2 to 255 is the root of their product."""
+    found, rows = [], rows_of("induction", distance=distance)
+    for number in range(1000):
+        row = rows.slice(number, 0, LENGTH)
         at, question = np.flatnonzero(row["tokens"] == 19)
         assert question == LENGTH - 1 and row["labels"][-1] == row["tokens"][at + 1]
-        found.append(int(at))
-    assert set(found) <= places if places else min(found) < 20 and max(found) > 230
+        found.append(int(question - at))
+    assert min(found) >= 2 and max(found) <= 255 and abs(np.log2(np.median(found) / median)) < 0.3
+    if distance != "longest":
+        assert min(found) < 5 and max(found) > 250
 
 
 def test_what_to_copy_stands_anywhere():
@@ -202,7 +205,7 @@ def test_user_mistakes():
         ("passkey", dict(key_length=0), "key_length=0"),
         ("passkey", dict(length=40), "data.source='passkey' needs rows of at least"),
         ("induction", dict(vocab=2), "datasets.induction.vocab=2"),
-        ("induction", dict(depth=2.0), "datasets.induction.depth=2.0"),
+        ("induction", dict(distance="far"), "datasets.induction.distance='far' is not known"),
         ("selective_copy", dict(num_tokens=0), "datasets.selective_copy.num_tokens=0"),
         ("selective_copy", dict(vocab=3), "datasets.selective_copy.vocab=3"),
         ("selective_copy", dict(loss_on="none"), "loss_on='none'"),

@@ -25,6 +25,7 @@ LEVELS = {
     "lcx.mesh": 1,
     "lcx.command": 1,
     "lcx.folders": 1,
+    "lcx.ranges": 1,
     "lcx.remat": 1,
     "lcx.initializers": 1,
     "lcx.wide_gradient": 1,

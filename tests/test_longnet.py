@@ -231,9 +231,9 @@ def moved_bytes(program) -> dict[str, int]:
 
 
 def test_bytes_on_the_wire_do_not_depend_on_the_length():
-    """A shard of 4096 tokens in a row of 2^15 or of 2^17: the longest branch keeps as many keys of a segment."""
-    few = moved_bytes(compiled(2**15, 8, (256, 2**15), (1, 64)))
-    many = moved_bytes(compiled(2**17, 32, (256, 2**17), (1, 256)))
+    """A million tokens over 8 devices and a billion over 32: the longest branch keeps 2,048 keys of its segment in both."""
+    few = moved_bytes(compiled(2**20, 8, (256, 2**20), (1, 2**9)))
+    many = moved_bytes(compiled(2**30, 32, (256, 2**30), (1, 2**19)))
     assert few.keys() == many.keys() == {"all-gather", "reduce-scatter"}
     assert few["all-gather"] == many["all-gather"] and few["reduce-scatter"] == 4 * many["reduce-scatter"], "1/P of the gathered"
-    assert moved_bytes(compiled(2**17, 32, (256, 2**17), (1, 64)))["all-gather"] == 4 * few["all-gather"], "the twin"
+    assert moved_bytes(compiled(2**30, 32, (256, 2**30), (1, 2**17)))["all-gather"] == 4 * few["all-gather"], "the twin"

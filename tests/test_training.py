@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -244,8 +246,8 @@ def test_accumulation_equals_one_big_batch_with_uneven_padding(run_of):
 
 
 def test_differences_name_the_field_and_both_values():
-    saved = {"values": {"model.dim": 32, "mesh.seq": 1}, "defaults": {}}
-    current = {"values": {"model.dim": 64, "mesh.seq": 4, "model.new": 7}, "defaults": {"model.new": 7}}
+    saved = {"values": {"model.dim": 32, "block.remat": "auto"}, "defaults": {}}
+    current = {"values": {"model.dim": 64, "block.remat": "none", "model.new": 7}, "defaults": {"model.new": 7}}
     assert checkpoint.differences(saved, current) == ["model.dim: 32 -> 64"]
     current["values"]["model.new"] = 8
     assert "model.new: 7 -> 8" in checkpoint.differences(saved, current)
@@ -336,6 +338,40 @@ def test_what_cannot_start_is_found_before_compiling(run_of, monkeypatch, what):
     monkeypatch.setattr(run, "_compile", lambda *_: pytest.fail("compiled first"))
     with pytest.raises(UserError, match="init_from='/nowhere'|the data cannot be resumed: data was"):
         run.train()
+
+
+def test_a_layer_that_sees_what_it_predicts_is_refused(run_of):
+    with pytest.raises(UserError, match="causal=False sees the next token"):
+        run_of(mixers__blockwise__causal=False)
+
+
+def test_bytes_are_not_the_tokens_of_a_checkpoint(run_of):
+    fixture = pathlib.Path(__file__).parent / "fixtures" / "llama_gqa_untied"
+    run = run_of("bytes", model__vocab=300, init_from=str(fixture))
+    with pytest.raises(UserError, match="data.tokenizer='bytes': the checkpoint .* has 300 tokens.*tokenizer.json"):
+        run.train()
+
+
+def test_rows_that_are_mostly_padding_are_warned_of(run_of, capsys):
+    run_of("short", sequence__length=8192)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert [line.split()[1] for line in lines] == ["held-out"] and "% full: text_folder has too little text" in lines[0]
+    run_of("full")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_stop_asked_for_while_compiling_is_heard(run_of, monkeypatch):
+    """The step after it is the last."""
+    run = run_of("stopped")
+    compile_steps = run._compile
+    monkeypatch.setattr(run, "_compile", lambda *batch: [compile_steps(*batch), os.kill(os.getpid(), signal.SIGTERM)][0])
+    assert run.train() == {"ending": "stopped", "step": 1}
+    assert (run.workdir / "checkpoints" / "1").exists()
+
+
+def test_a_summary_that_was_cut_short_is_none(tmp_path):
+    (tmp_path / "summary.json").write_text('{"ending": "fin')
+    assert record.read_json(tmp_path / "summary.json") is None and record.read_json(tmp_path / "nothing.json") is None
 
 
 def test_no_held_out_data_is_an_error_before_the_first_step(run_of):

@@ -62,6 +62,12 @@ class Loader:
         """Whole epochs delivered; always 0 for the training rows of a task."""
         return self.batches // self.batches_per_epoch if self.batches_per_epoch else 0
 
+    @property
+    def fill(self) -> float:
+        """Which share of the places of a row holds tokens, over the first rows; the rest is padding, which costs as much."""
+        rows = range(min(self._rows.num_rows, 16) or 1)
+        return sum(self._rows.row_tokens(row) for row in rows) / len(rows) / self._shape[1]
+
     def __iter__(self) -> "Loader":
         return self
 

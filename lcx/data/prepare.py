@@ -73,7 +73,11 @@ def _open_or_make(config: DataConfig, source: Source) -> tuple[TokenStore, bool]
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path) -> Iterator[None]:
-    with open(path, "w") as file:
+    try:
+        file = open(path, "w")
+    except OSError as error:
+        raise UserError(f"data.cache_dir={str(path.parent)!r} cannot be written to: {error.strerror}") from error
+    with file:
         # Some network file systems know no locks: then two hosts may do the same work, and the first rename wins.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -99,6 +103,9 @@ def _make(directory: pathlib.Path, source: Source, tokenizer: tokenizers.Tokeniz
             for document in source.documents(directory.parent):
                 if source.holds_tokens:
                     writer.add(document)
+                elif not isinstance(document, str):
+                    kind = type(document).__name__
+                    raise UserError(f"data.source={what['source']!r}: a document is {kind}, not text; choose another text_key")
                 else:
                     writer.add(tokenizer.encode(document), text=document.encode("utf-8"))
         try:

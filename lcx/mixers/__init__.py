@@ -45,6 +45,12 @@ class Caps:
     positions: bool = True
 
 
+def require_layout(caps: Caps, layout: str, shards: int) -> None:
+    """Raises UserError for tokens in an order that a mixer does not take, whose numbers would be wrong."""
+    if shards > 1 and layout not in caps.layouts:
+        raise registry.UserError(f"tokens stand in layout {layout!r} and this mixer takes {', '.join(caps.layouts)}")
+
+
 def implementation_problems(op: str, name: str) -> list[str]:
     """Whether an operation has no implementation of that name."""
     valid = ("auto", *KERNELS[op])

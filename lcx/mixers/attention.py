@@ -60,8 +60,12 @@ class Attention(MultiHead):
         sides = config.window or (None, None)
         if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
             problems.append(f"window={config.window} must be (left, right) in tokens, each >= 0 or None")
-        if config.sink_tokens < 0:
-            problems.append(f"sink_tokens={config.sink_tokens} must be >= 0")
+        elif any(side is not None and side >= 2**30 for side in sides):
+            problems.append(f"window={config.window} must be below 2^30 tokens on each side; None sees all of them")
+        if not 0 <= config.sink_tokens < 2**30:
+            problems.append(f"sink_tokens={config.sink_tokens} must be from 0 to 2^30")
+        elif config.sink_tokens and config.window is None:
+            problems.append(f"sink_tokens={config.sink_tokens} without a window changes nothing: every token is seen anyway")
         if not problems and (reason := cls._strategy_refuses(config, sizes, length, mesh)):
             degree = f"ulysses_degree={config.ulysses_degree}, " if hasattr(config, "ulysses_degree") else ""
             given = (

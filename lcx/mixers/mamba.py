@@ -10,8 +10,9 @@ from flax import nnx
 
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
-from lcx.initializers import matrix, step_size_bias, undecayed, uniform
-from lcx.mixers.recurrent import LINEAR, Recurrent, channel_problems, recurrence_problems, tokens_of
+from lcx.initializers import step_size_bias, undecayed, uniform
+from lcx.mixers import require_layout
+from lcx.mixers.recurrent import Recurrent, channel_problems, recurrence_problems, tokens_of
 from lcx.parallel.recurrences import causal_conv, selective_scan
 from lcx.sharding import tokenwise
 
@@ -66,20 +67,21 @@ class Mamba(Recurrent):
         D, E, N, W = sizes.D, config.expand * sizes.D, config.state, config.conv
         R = config.dt_rank or math.ceil(D / 16)
         self.config = config
-        self.x_DE = matrix(rngs, "DE", (D, E), fan_in=D, gain=LINEAR)
-        self.z_DE = matrix(rngs, "DE", (D, E), fan_in=D, gain=LINEAR)
+        self.x_DE = uniform(rngs, "DE", (D, E), D**-0.5)
+        self.z_DE = uniform(rngs, "DE", (D, E), D**-0.5)
         self.conv_EW, self.conv_E = uniform(rngs, "EW", (E, W), W**-0.5), uniform(rngs, "E", (E,), W**-0.5)
-        self.dt_ER = matrix(rngs, "ER", (E, R), fan_in=E, gain=LINEAR)
-        self.B_EN = matrix(rngs, "EN", (E, N), fan_in=E, gain=LINEAR)
-        self.C_EN = matrix(rngs, "EN", (E, N), fan_in=E, gain=LINEAR)
+        self.dt_ER = uniform(rngs, "ER", (E, R), E**-0.5)
+        self.B_EN = uniform(rngs, "EN", (E, N), E**-0.5)
+        self.C_EN = uniform(rngs, "EN", (E, N), E**-0.5)
         self.dt_RE = uniform(rngs, "RE", (R, E), R**-0.5)
         self.dt_bias_E = step_size_bias(rngs, "E", (E,), config.dt_min, config.dt_max)
         self.A_log_EN = undecayed(jnp.log(jnp.broadcast_to(jnp.arange(1.0, N + 1), (E, N))), "EN")
         self.D_E = undecayed(jnp.ones(E), "E")
-        self.out_ED = matrix(rngs, "ED", (E, D), fan_in=E, gain=LINEAR * sizes.L**-0.5)
+        self.out_ED = uniform(rngs, "ED", (E, D), (E * sizes.L) ** -0.5)
 
     def __call__(self, x_BSD: jax.Array, ctx: SequenceContext) -> jax.Array:
         """y_BSD in x's dtype."""
+        require_layout(self.caps, ctx.layout, ctx.mesh.shape["seq"])
         run = lambda fn, w, *tokens: tokenwise(fn, w, *tokens, mesh=ctx.mesh, dtype=x_BSD.dtype)
         u_BSE, z_BSE = run(self._inputs, {"x_DE": self.x_DE, "z_DE": self.z_DE}, x_BSD)
         u_BSE = causal_conv(

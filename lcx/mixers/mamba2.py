@@ -10,8 +10,9 @@ from flax import nnx
 
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
-from lcx.initializers import matrix, step_size_bias, undecayed, uniform, vector
-from lcx.mixers.recurrent import LINEAR, Recurrent, channel_problems, recurrence_problems, tokens_of
+from lcx.initializers import step_size_bias, undecayed, uniform, vector
+from lcx.mixers import require_layout
+from lcx.mixers.recurrent import Recurrent, channel_problems, recurrence_problems, tokens_of
 from lcx.ops.norm import rms_norm
 from lcx.parallel.recurrences import causal_conv, ssd
 from lcx.sharding import tokenwise
@@ -89,11 +90,11 @@ class Mamba2(Recurrent):
         D, E, G, N, W = sizes.D, config.expand * sizes.D, config.groups, config.state, config.conv
         H = E // config.head_dim
         self.config = config
-        self.z_DE = matrix(rngs, "DE", (D, E), fan_in=D, gain=LINEAR)
-        self.x_DE = matrix(rngs, "DE", (D, E), fan_in=D, gain=LINEAR)
-        self.B_DGN = matrix(rngs, "DGN", (D, G, N), fan_in=D, gain=LINEAR)
-        self.C_DGN = matrix(rngs, "DGN", (D, G, N), fan_in=D, gain=LINEAR)
-        self.dt_DH = matrix(rngs, "DH", (D, H), fan_in=D, gain=LINEAR)
+        self.z_DE = uniform(rngs, "DE", (D, E), D**-0.5)
+        self.x_DE = uniform(rngs, "DE", (D, E), D**-0.5)
+        self.B_DGN = uniform(rngs, "DGN", (D, G, N), D**-0.5)
+        self.C_DGN = uniform(rngs, "DGN", (D, G, N), D**-0.5)
+        self.dt_DH = uniform(rngs, "DH", (D, H), D**-0.5)
         self.conv_x_EW, self.conv_x_E = uniform(rngs, "EW", (E, W), W**-0.5), uniform(rngs, "E", (E,), W**-0.5)
         self.conv_B_GNW, self.conv_B_GN = (
             uniform(rngs, "GNW", (G, N, W), W**-0.5),
@@ -107,10 +108,11 @@ class Mamba2(Recurrent):
         self.A_log_H = undecayed(jnp.log(jax.random.uniform(rngs.params(), (H,), jnp.float32, 1.0, 16.0)), "H")
         self.D_H = undecayed(jnp.ones(H), "H")
         self.norm_E = vector("E", (E,), 1.0)
-        self.out_ED = matrix(rngs, "ED", (E, D), fan_in=E, gain=LINEAR * sizes.L**-0.5)
+        self.out_ED = uniform(rngs, "ED", (E, D), (E * sizes.L) ** -0.5)
 
     def __call__(self, x_BSD: jax.Array, ctx: SequenceContext) -> jax.Array:
         """y_BSD in x's dtype."""
+        require_layout(self.caps, ctx.layout, ctx.mesh.shape["seq"])
         config, (B, S, _) = self.config, x_BSD.shape
         run = lambda fn, w, *tokens: tokenwise(fn, w, *tokens, mesh=ctx.mesh, dtype=x_BSD.dtype)
         z_BSE, u_BSE, B_BSGN, C_BSGN, dt_BSH = run(self._inputs, {name: getattr(self, name) for name in INPUTS}, x_BSD)

@@ -9,6 +9,7 @@ from flax import nnx
 from lcx.context import SequenceContext
 from lcx.dims import Sizes
 from lcx.initializers import matrix, vector
+from lcx.mixers import require_layout
 from lcx.ops.norm import rms_norm
 from lcx.sharding import tokenwise
 
@@ -41,6 +42,7 @@ class MultiHead(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: SequenceContext) -> jax.Array:
         """y_BSD in x's dtype."""
+        require_layout(self.caps, ctx.layout, ctx.mesh.shape["seq"])
         run = lambda fn, w, *tokens: tokenwise(fn, w, *tokens, mesh=ctx.mesh, dtype=x_BSD.dtype)
         q_BSHK = run(self._query, self._query_weights(), x_BSD, ctx.positions_BS)
         k_BTGK, v_BTGK = run(self._key_value, self._key_value_weights(), x_BSD, ctx.positions_BS)

@@ -1,4 +1,4 @@
-"""What recurrent mixers share: what they declare, their checks, their count of tokens, the scale at which they start."""
+"""What recurrent mixers share: what they declare, their checks, their count of tokens."""
 
 from typing import Any
 
@@ -8,9 +8,6 @@ from flax import nnx
 
 from lcx.context import SequenceContext
 from lcx.mixers import Caps, implementation_problems
-
-# Standard deviation of torch's linear layers, with which the published models start: uniform in 1 / sqrt(fan in).
-LINEAR = 3**-0.5
 
 
 class Recurrent(nnx.Module):
@@ -31,7 +28,8 @@ def recurrence_problems(config: Any, op: str, length: int, mesh: dict[str, int])
     if not 0 < config.dt_min <= config.dt_max:
         problems.append(f"dt_min={config.dt_min} and dt_max={config.dt_max} must be above 0, the first no larger")
     if (shard := length // mesh["seq"]) < config.conv - 1:
-        problems.append(f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; lower mesh.seq")
+        cure = "lower mesh.seq" if mesh["seq"] > 1 else "lower it"
+        problems.append(f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; {cure}")
     return problems + implementation_problems(op, config.implementation)
 
 

@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+# Of every product of a recurrence: its states are fp32, and by default a TPU would round them to bf16 and a GPU to TF32.
+EXACT = lax.Precision.HIGHEST
 
 
 class Affine(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.recurrence import Affine, pad_marks, pad_tokens
+from lcx.ops.recurrence import EXACT, Affine, pad_marks, pad_tokens
 from lcx.ops.selective_scan import Inputs
 
 # Tokens between two states that are kept: 4 N / CHUNK bytes a token and channel, 1 KiB a token at E=2048, N=16.
@@ -101,17 +101,17 @@ def _outer(n_BN, e_BE):
 
 
 def _dot_n(h_BNE, n_BN):
-    return jnp.einsum("bne,bn->be", h_BNE, n_BN)
+    return jnp.einsum("bne,bn->be", h_BNE, n_BN, precision=EXACT)
 
 
 def _dot_e(h_BNE, e_BE):
-    return jnp.einsum("bne,be->bn", h_BNE, e_BE)
+    return jnp.einsum("bne,be->bn", h_BNE, e_BE, precision=EXACT)
 
 
 def _sum_tokens(x_CBE):
     """Over tokens and rows, as a product with ones: on CPU several times as fast as a sum over leading dims."""
     rows = x_CBE.reshape(-1, x_CBE.shape[-1])
-    return jnp.ones(rows.shape[0], jnp.float32) @ rows
+    return jnp.matmul(jnp.ones(rows.shape[0], jnp.float32), rows, precision=EXACT)
 
 
 def _A_NE(inputs: Inputs):

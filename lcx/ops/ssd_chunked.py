@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.recurrence import Affine, pad_marks, pad_tokens
+from lcx.ops.recurrence import EXACT, Affine, pad_marks, pad_tokens
 from lcx.ops.ssd import Inputs, steps_BSH
 
 # A chunk's own work grows with its length, that on the state falls: they balance near C = N (2 C K against 4 K N operations
@@ -76,7 +76,7 @@ def _log_between_BHCC(log_BCH):
 def _log_between_backward(_, d_BHCC):
     C = d_BHCC.shape[2]
     lower = jnp.tril(jnp.ones((C, C), jnp.float32))
-    from_k_on = jnp.einsum("ik,bhij->bhkj", lower, d_BHCC, precision=lax.Precision.HIGHEST)
+    from_k_on = jnp.einsum("ik,bhij->bhkj", lower, d_BHCC, precision=EXACT)
     before_k = (lower - jnp.eye(C, dtype=jnp.float32))[None, None]
     return (jnp.swapaxes((from_k_on * before_k).sum(3), 1, 2),)
 
@@ -130,7 +130,7 @@ def _after(h_BHKN, dtx_BCHK, B_BCGN, decays: _Decays):
     """The state behind a chunk."""
     G = B_BCGN.shape[2]
     kept = decays.from_start_BCH()[:, -1][..., None, None] * h_BHKN
-    added = jnp.einsum("bcgrk,bcgn->bgrkn", _grouped(decays.to_end_BCH()[..., None] * dtx_BCHK, G), B_BCGN)
+    added = jnp.einsum("bcgrk,bcgn->bgrkn", _grouped(decays.to_end_BCH()[..., None] * dtx_BCHK, G), B_BCGN, precision=EXACT)
     return kept + added.reshape(h_BHKN.shape)
 
 
@@ -140,12 +140,12 @@ def _outputs(inputs: Inputs, h_BHKN, spec):
     G, K, N = B.shape[2], x.shape[3], B.shape[3]
     dt = steps_BSH(inputs, spec)
     decays, dtx = _Decays.of(inputs, dt), dt[..., None] * x
-    weights = jnp.einsum("bign,bjgn->bgij", C, B)[:, :, None]
+    weights = jnp.einsum("bign,bjgn->bgij", C, B, precision=EXACT)[:, :, None]
     between = decays.between_BHCC()
     weights = weights * between.reshape(between.shape[0], G, -1, *between.shape[2:])
-    y = jnp.einsum("bgrij,bjgrk->bigrk", weights, _grouped(dtx, G)).reshape(x.shape)
+    y = jnp.einsum("bgrij,bjgrk->bigrk", weights, _grouped(dtx, G), precision=EXACT).reshape(x.shape)
     state = h_BHKN.reshape(x.shape[0], G, -1, K, N)
-    y = y + decays.from_start_BCH()[..., None] * jnp.einsum("bign,bgrkn->bigrk", C, state).reshape(x.shape)
+    y = y + decays.from_start_BCH()[..., None] * jnp.einsum("bign,bgrkn->bigrk", C, state, precision=EXACT).reshape(x.shape)
     y = y + D[None, None, :, None] * x
     if inputs.marks is not None:
         y = jnp.where(inputs.marks.real_BS[..., None, None], y, 0)
@@ -232,7 +232,7 @@ def reverse_summary(inputs, dy_BSHK, *, spec):
         left, dy = decays.from_start_BCH(), lax.dynamic_slice_in_dim(dy_BSHK, i * C, C, 1).astype(jnp.float32)
         if part.marks is not None:
             dy = jnp.where(part.marks.real_BS[..., None, None], dy, 0)
-        added = jnp.einsum("bcgrk,bcgn->bgrkn", _grouped(left[..., None] * dy, C_BCGN.shape[2]), C_BCGN)
+        added = jnp.einsum("bcgrk,bcgn->bgrkn", _grouped(left[..., None] * dy, C_BCGN.shape[2]), C_BCGN, precision=EXACT)
         return left[:, -1][..., None, None] * g + added.reshape(g.shape)
 
     return _stretch(inputs, spec, True, chunk_state)

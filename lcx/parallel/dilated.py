@@ -79,7 +79,9 @@ def plan_branches(segments: tuple[int, ...], dilations: tuple[int, ...], length:
         raise UserError(f"dilations={dilations} must hold a 1: no other branch keeps every token of every head")
     s, branches = length // shards, []
     for w, r in zip(segments, dilations, strict=True):
-        w = min(w, length)
+        if r > w:
+            raise UserError(f"dilation {r} of segment {w} keeps less than one token of it; use at most {w}")
+        w, r = min(w, length), min(r, length)
         if shards == 1 or w <= s:
             if shards > 1 and s % w:
                 near = math.gcd(w, s)

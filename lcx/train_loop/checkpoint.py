@@ -27,8 +27,6 @@ FREE_FIELDS = (
     "name",
     "scale",
     "init_from",
-    "require.",
-    "mesh.",
     "sequence.layout",
     "block.",
     "loss.chunk",

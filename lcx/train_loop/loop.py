@@ -15,7 +15,7 @@ from lcx.mesh import make_mesh
 from lcx.ops import dispatch
 from lcx.pretrained import Pretrained
 from lcx.train_loop import optimizer as optimizers
-from lcx.train_loop import record, screen, trackers
+from lcx.train_loop import preflight, record, screen, trackers
 from lcx.train_loop.checkpoint import Checkpoints, Found
 from lcx.train_loop.evaluation import evaluate
 from lcx.train_loop.fitting import compile_fitting
@@ -31,6 +31,7 @@ class Run:
     """One training run in one workdir: `Run(experiment, workdir).train()`."""
 
     def __init__(self, experiment: Experiment, workdir: pathlib.Path):
+        preflight.check_objective(experiment)
         self.experiment, self.workdir = experiment, workdir
         self.screen = screen.Screen(experiment.train.steps)
         self.screen.announce(experiment)
@@ -38,6 +39,8 @@ class Run:
         self.mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
         with self.screen.doing(f"preparing the data of {experiment.data.source}"):
             self.loader, self.held_out = self._loader("train"), self._loader("held_out")
+        for line in preflight.padding_warnings(experiment, {"training": self.loader, "held-out": self.held_out}):
+            self.screen.say(line)
         self.plan = plan_model(experiment, sizes_of(experiment, self.loader.vocab_size))
         self.optimizer = optimizers.build(experiment.optimizer, experiment.train.steps, self.plan.infos)
         self.shardings = state_shardings(self.optimizer, self.plan, self.mesh)
@@ -62,22 +65,22 @@ class Run:
             stack.callback(checkpoints.close)
             stack.enter_context(jax.set_mesh(self.mesh))
             # Before compiling, which takes minutes: is there anything to do, and may this run go on from what is there?
+            request = stack.enter_context(StopRequest())
             found = checkpoints.find()
             done = record.read_json(self.workdir / "summary.json")
             if done and found and found.step == e.train.steps:
                 self.screen.say(f"this run is finished; choose another --workdir than {self.workdir} for a new one")
                 self.screen.closing(e, done, self.workdir)
                 return done
-            pretrained = Pretrained(e.run.init_from, e, self.plan) if e.run.init_from and not found else None
+            pretrained = preflight.open_pretrained(e, self.plan) if e.run.init_from and not found else None
             if found:
                 self.loader.restore(found.loader)
             step_fn, eval_fn = self._compile(next(self.loader), next(self.held_out))
-            self.throughput = Throughput(self.experiment, self.plan)
+            self.throughput = Throughput(self.experiment, self.plan, self.mesh)
             self.loader.reset()
             state, first = self._state(checkpoints, found, pretrained)
             if jax.process_index() == 0:
                 self.sinks = trackers.open_trackers(e.track, self.workdir, e.run.name, e.resolved, first)
-            request = stack.enter_context(StopRequest())
             self.screen.start(first)
             try:
                 state, ending = self._steps(state, first, step_fn, eval_fn, checkpoints, request)

@@ -36,8 +36,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What the file holds; None when there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """What the file holds; None when there is none, or what is there is no JSON (it was cut short)."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def versions() -> dict[str, str]:

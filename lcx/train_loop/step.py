@@ -63,7 +63,7 @@ def make_train_step(
         layers = [(kind, len(range(i, plan.sizes.L, len(experiment.pattern)))) for i, kind in enumerate(experiment.pattern)]
         seen = lambda kind: kind.mixer.score_flops(kind.mixer_config, plan.sizes, ctx.in_layout(kind.layout_in(ctx.layout)))
         flops = sum(count * seen(kind) for kind, count in layers)
-        return total, (weight, flops, jnp.sum(batch["segments_BS"] > 0))
+        return total, (weight, flops, jnp.sum(batch["segments_BS"] > 0, dtype=jnp.float32))
 
     grad_of = jax.value_and_grad(sum_loss, has_aux=True)
 
@@ -76,7 +76,7 @@ def make_train_step(
             (total, (weight, flops, tokens)), grads = grad_of(params, part)
             return jax.tree.map(jnp.add, carry, (total, weight, flops, tokens, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         return lax.scan(add, zeros, parts(batch, count, rows))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

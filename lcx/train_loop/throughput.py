@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import jax
+from jax.sharding import Mesh
 
 from lcx.experiment import Experiment
 from lcx.planning.targets import peak_flops
@@ -33,11 +34,12 @@ class Throughput:
 
     experiment: Experiment
     plan: ModelPlan
+    mesh: Mesh
 
     def __post_init__(self):
         self._layers, self._head = matmul_parameters(self.plan, self.experiment.model.tied)
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak and peak * jax.device_count()
+        peak = peak_flops(self.mesh.devices.flat[0])
+        self._peak = peak and peak * self.mesh.size
         self.start()
 
     def start(self) -> None:

@@ -40,7 +40,7 @@ class Jsonl:
                 try:
                     if json.loads(line)["step"] <= resumed_at:
                         kept.append(line)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     break  # a line cut short by a kill is the last one
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(line + "\n" for line in kept))

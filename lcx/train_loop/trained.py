@@ -98,18 +98,20 @@ def evaluate_run(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any
             raise UserError(f"--workdir={str(workdir)!r} has no checkpoint: the run in it has not saved one yet")
         for line in found.rejected:
             shown.say(f"warning: passed over a damaged checkpoint: {line}")
-        loader = make_loader(
-            e.data, e.dataset, split="held_out", mesh=mesh, batch=e.train.batch, sequence_length=e.sequence.length
-        )
+        with shown.doing(f"preparing the data of {e.data.source}"):
+            loader = make_loader(
+                e.data, e.dataset, split="held_out", mesh=mesh, batch=e.train.batch, sequence_length=e.sequence.length
+            )
         plan = plan_model(e, sizes_of(e, loader.vocab_size))
         homes = parameter_shardings(plan.infos, mesh)
         wanted = jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), plan.shapes, homes)
         params = checkpoints.restore_params(found.step, wanted)
-        with dispatch.recording(require=e.require) as choices:
+        with dispatch.recording(require=e.require) as choices, shown.doing("compiling the evaluation step"):
             step = _compiled(e, plan, mesh, params, next(loader))
         loader.reset()
         began = time.perf_counter()
-        held_out = evaluate(step, params, loader, e)
+        with shown.doing("evaluating on held-out data"):
+            held_out = evaluate(step, params, loader, e)
         evaluation = {
             "step": found.step,
             "sequence_length": e.sequence.length,

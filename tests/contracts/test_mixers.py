@@ -17,6 +17,7 @@ from lcx.mixers import MIXERS
 from lcx.mixers.attention import Attention
 from lcx.parallel import layouts
 from lcx.posenc.rope import Rope
+from lcx.registry import UserError
 from tests.tolerance import assert_close, assert_trees_close, rms_ratio
 
 SIZES = Sizes(D=32, H=4, G=2, K=8, V=64, L=2, dtype="float32", norm_eps=1e-5)
@@ -46,7 +47,9 @@ def apply(name: str, shards: int = 1, layout: str = "contiguous", packed: bool =
 
     def run(params, x_BSD):
         with_layout = functools.partial(layouts.convert, mesh=mesh)
-        ctx = SequenceContext(jnp.asarray(positions, jnp.int32), jnp.asarray(segments) if packed else None, "contiguous", mesh)
+        # A shorter row has the first of the positions.
+        found = jnp.asarray(positions[:, : x_BSD.shape[1]], jnp.int32)
+        ctx = SequenceContext(found, jnp.asarray(segments) if packed else None, "contiguous", mesh)
         y_BSD = nnx.merge(graph, params)(with_layout(x_BSD, "contiguous", layout), ctx.in_layout(layout))
         return with_layout(y_BSD, layout, "contiguous")
 
@@ -57,6 +60,10 @@ def apply(name: str, shards: int = 1, layout: str = "contiguous", packed: bool =
     gradients = jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))
     # One program gives both: where only values are asked for, the gradients are cheaper than another compilation.
     return (lambda *args: gradients(*args)[1]), (lambda *args: gradients(*args)[0]), params, run
+
+
+def params_of(name: str):
+    return build(name)[1]
 
 
 @functools.cache
@@ -104,11 +111,34 @@ def test_it_is_deterministic(name):
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_equals_whole_with_gradients(name, layout):
     if layout not in CLASSES[name].caps.layouts:
-        pytest.skip(f"{name} does not declare {layout}")
+        with pytest.raises(UserError, match=f"layout '{layout}' and this mixer takes {CLASSES[name].caps.layouts[0]}"):
+            apply(name, shards=4, layout=layout, packed=True)[0](params_of(name), hidden())
+        return
     whole, whole_grad, params, _ = apply(name, packed=True)
     run, grad, *_ = apply(name, shards=4, layout=layout, packed=True)
     assert_close(run(params, hidden()), whole(params, hidden()))
     assert_trees_close(grad(params, hidden()), whole_grad(params, hidden()), gradient=True)
+    # The twin: the second shard's tokens changed by a hundredth.
+    other = hidden().at[:, LENGTH // 4 : LENGTH // 2].multiply(1.01)
+    assert rms_ratio(run(params, other), whole(params, hidden())) > 1e-4
+
+
+@pytest.mark.parametrize("length", [53, 1])
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_row_of_any_length_is_the_start_of_a_longer_one(name, length):
+    """Values and the gradient of every input token; no mixer looks ahead."""
+    _, _, params, run = apply(name)
+    x_BSD = hidden()
+    start = jnp.cos(jnp.arange(length, dtype=jnp.float32))[None, :, None]
+
+    def both(x_BSD):
+        y_BSD = run(params, x_BSD)[:, :length]
+        return jnp.sum(y_BSD * start), y_BSD
+
+    of = jax.jit(jax.grad(both, has_aux=True))
+    (grad, y_BSD), (long_grad, long_y_BSD) = of(x_BSD[:, :length]), of(x_BSD)
+    assert_close(y_BSD, long_y_BSD)
+    assert_close(grad, long_grad[:, :length], gradient=True)
 
 
 @pytest.mark.parametrize("name", [n for n in MIXERS if issubclass(CLASSES[n], Attention) and n != "full"])

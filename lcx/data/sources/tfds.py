@@ -58,7 +58,8 @@ class Tfds:
             except ValueError:
                 raise unknown("datasets.tfds.split", self._config.split, builder.info.splits) from None
         for record in records:
-            yield record[self._config.text_key].decode("utf-8")
+            value = record[self._config.text_key]
+            yield value.decode("utf-8") if isinstance(value, bytes) else value
 
     def _builder(self, cache_dir: pathlib.Path) -> Any:
         data_dir = self._config.data_dir or str(cache_dir / "tfds")

@@ -50,8 +50,10 @@ class TokenFile:
         try:
             npy = self._path.suffix == ".npy"
             self._tokens = np.load(self._path, mmap_mode="r") if npy else np.memmap(self._path, config.dtype, "r")
-        except ValueError as error:
+        except (ValueError, EOFError, OSError) as error:
             raise UserError(f"datasets.token_file.path={config.path!r} is not a flat array of {config.dtype}: {error}") from None
+        if not isinstance(self._tokens, np.ndarray):
+            raise UserError(f"datasets.token_file.path={config.path!r} is an archive of arrays, not one array")
         if self._tokens.ndim != 1 or self._tokens.dtype.kind not in "iu" or not len(self._tokens):
             raise UserError(
                 f"datasets.token_file.path={config.path!r} holds {self._tokens.dtype}{list(self._tokens.shape)}, not a row of ids"

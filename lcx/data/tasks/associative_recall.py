@@ -36,6 +36,7 @@ class AssociativeRecall:
 
     Config = Config
     generated = True
+    name = "associative_recall"
 
     def __init__(self, config: Config):
         self._keys = (config.vocab - 1) // 2

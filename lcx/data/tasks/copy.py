@@ -31,6 +31,7 @@ class Copy:
 
     Config = Config
     generated = True
+    name = "copy"
 
     def __init__(self, config: Config):
         if config.symbols < 2:

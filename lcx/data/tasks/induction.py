@@ -6,21 +6,24 @@ import numpy as np
 
 from lcx.data.tasks.rows import TaskRows
 from lcx.data.tokenizers import Ids
-from lcx.registry import UserError
+from lcx.registry import UserError, unknown
+
+DISTANCES = ("uniform", "log", "longest")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Attributes:
     vocab: vocabulary size, the special token included.
-    depth: where the special token stands, as a fraction of the places it can have (0 first, 1 last, directly before the
-      question); -1 draws it uniformly, as the paper does.
+    distance: how far back the special token stands from the question. "uniform" draws its place uniformly, as the paper does;
+      "log" draws the distance log-uniformly, so that half of the rows have one below the square root of the longest and a
+      model learns the task in a small part of the steps; "longest" puts it first in the row.
     loss_on: "answers" or "all" labels.
     held_out_rows: size of the held-out set.
     """
 
     vocab: int = 16
-    depth: float = -1.0
+    distance: str = "uniform"
     loss_on: str = "answers"
     held_out_rows: int = 64
 
@@ -33,12 +36,13 @@ class Induction:
 
     Config = Config
     generated = True
+    name = "induction"
 
     def __init__(self, config: Config):
         if config.vocab < 3:
             raise UserError(f"datasets.induction.vocab={config.vocab} must be at least 3: two tokens and the special one")
-        if config.depth != -1 and not 0 <= config.depth <= 1:
-            raise UserError(f"datasets.induction.depth={config.depth} must be from 0 to 1, or -1 for a random depth")
+        if config.distance not in DISTANCES:
+            raise unknown("datasets.induction.distance", config.distance, DISTANCES)
         self.config = config
         self.vocab_size = config.vocab
         self.tokenizer = Ids(self.vocab_size)
@@ -47,13 +51,19 @@ class Induction:
         return TaskRows(self, **which)
 
     def draw(self, random: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        last = length - 4  # behind the special token: the one to remember, the question and the answer
-        if last < 0:
+        longest = length - 2  # from the first token to the question; the shortest has the token to remember between
+        if longest < 2:
             raise UserError(f"data.source='induction' needs rows of at least 4 tokens, not {length}")
         special = self.config.vocab - 1
         tokens = random.integers(special, size=length, dtype=np.int32)
-        drawn = int(random.integers(last + 1))
-        at = drawn if self.config.depth == -1 else round(self.config.depth * last)
+        match self.config.distance:
+            case "uniform":
+                distance = int(random.integers(2, longest + 1))
+            case "log":
+                distance = int(2 * ((longest + 1) / 2) ** random.random())
+            case "longest":
+                distance = longest
+        at = longest - distance
         tokens[at] = tokens[-2] = special
         tokens[-1] = tokens[at + 1]
         is_answer = np.zeros(length, bool)

@@ -46,6 +46,7 @@ class Passkey:
 
     Config = Config
     generated = True
+    name = "passkey"
     vocab_size = 256
 
     def __init__(self, config: Config):

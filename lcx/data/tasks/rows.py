@@ -36,9 +36,9 @@ class TaskRows:
 
     def __init__(self, task: Task, *, seed: int, split: str, sequence_length: int, causal_labels: bool):
         if task.config.loss_on not in LOSS_ON:
-            raise unknown("loss_on", task.config.loss_on, LOSS_ON)
+            raise unknown(f"datasets.{task.name}.loss_on", task.config.loss_on, LOSS_ON)
         if task.config.held_out_rows < 1:
-            raise UserError(f"held_out_rows={task.config.held_out_rows} must be at least 1")
+            raise UserError(f"datasets.{task.name}.held_out_rows={task.config.held_out_rows} must be at least 1")
         self._task = task
         self._length = sequence_length
         self._ahead = int(causal_labels)

@@ -33,6 +33,7 @@ class SelectiveCopy:
 
     Config = Config
     generated = True
+    name = "selective_copy"
 
     def __init__(self, config: Config):
         if config.num_tokens < 1:
