@@ -99,7 +99,24 @@ def load(path: str, overrides: dict[str, str], devices: int | None = None) -> Ex
     conf.scale = scale
     if "sequence.length" in overrides and scale == "full":
         full_length = conf.sequence.length
-    return resolve(conf, full_length, devices)
+    experiment = resolve(conf, full_length, devices)
+    for field in overrides:
+        if (part := field.split(".")[:2])[0] in config.TABLES and not _in_use(experiment, *part):
+            raise UserError(f"--config.{field}: this run has no {part[1]!r}, so nothing would read it")
+    return experiment
+
+
+def _in_use(experiment: Experiment, table: str, name: str) -> bool:
+    """Whether some layer, or the data, has the part that a table calls `name`."""
+    part = config.part_class(config.TABLES[table], name)
+    kinds = experiment.pattern
+    used = {
+        "mixers": [kind.mixer for kind in kinds],
+        "posencs": [kind.posenc for kind in kinds],
+        "ffns": [kind.ffn for kind in kinds],
+        "datasets": [load_source(experiment.data.source)[0]],
+    }
+    return part in used[table]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

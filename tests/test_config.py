@@ -207,7 +207,7 @@ def test_only_a_rehearsal_that_states_a_mesh_is_shrunk(config_file, mistake):
 
 def test_a_recurrence_alone_needs_no_heads(config_file):
     """Neither a width that heads divide nor a position encoding."""
-    e = experiment.load(config_file("config.pattern = ('mamba',)"), {"model.heads": "3", "posencs.rope.fraction": "0.01"})
+    e = experiment.load(config_file("config.pattern = ('mamba',)\nconfig.posencs.rope.fraction = 0.01"), {"model.heads": "3"})
     assert e.pattern[0].posenc.__name__ == "NoPosition"
 
 
@@ -245,6 +245,8 @@ def test_an_infinity_is_written_as_the_command_line_takes_it(config_file):
         (["--config.ffn=gatd"], ["config.ffn='gatd'", "did you mean 'gated'", "dense"]),
         (["--config.data.source=copi"], ["data.source='copi'", "did you mean 'copy'", "passkey"]),
         (["--config.data.source=tfds"], ["data.source='tfds'", "tfds:<name>"]),
+        (["--config.mixers.ulysses.window=(9,0)"], ["--config.mixers.ulysses.window", "no 'ulysses'"]),
+        (["--config.datasets.copy.symbols=9"], ["--config.datasets.copy.symbols", "no 'copy'"]),
         (["--config.data.packing=concta"], ["data.packing='concta'", "did you mean 'concat'"]),
         (["--config.ffns.gated.activation=silo"], ["ffns.gated.activation='silo'", "did you mean 'silu'"]),
         (["--config.posencs.rope.scaling=llama"], ["posencs.rope.scaling='llama'", "did you mean 'llama3'"]),

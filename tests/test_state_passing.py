@@ -205,3 +205,15 @@ def test_a_shard_shorter_than_the_convolution_is_one_line(mesh_of):
     x = conv_arrays(S=16)
     with pytest.raises(UserError, match="a halo of 3 tokens needs shards of as many, and they have 2"):
         recurrences.causal_conv(x["u"], x["w"], x["bias"], mesh=mesh_of(seq=8))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "ssd"])
+def test_every_product_is_exact_whatever_the_default(op):
+    """A TPU's default would round fp32 states to bf16. Forward, backward and summaries."""
+    run, make = OPS[op]
+    mesh = make_mesh(seq=4)
+    arrays = {name: jnp.asarray(x) for name, x in make().items()}
+    with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(lambda x: jnp.sum(run(x, None, mesh)))).lower(arrays).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST" in line for line in products)
