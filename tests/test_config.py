@@ -420,6 +420,9 @@ def test_auto_layout_is_what_most_entries_of_the_pattern_like_best(config_file):
     layout = lambda **options: experiment.load(config_file(), {n.replace("__", "."): v for n, v in options.items()}).layout
     assert layout(mesh__seq="1", pattern="ring") == "contiguous"
     assert layout(mesh__seq="4", pattern="ring") == "zigzag"
+    assert layout(mesh__seq="4", model__layers="3", pattern="ring,mamba,mamba") == "contiguous"
+    assert layout(mesh__seq="4", model__layers="3", pattern="ring,mamba,ring") == "zigzag"
+    assert layout(mesh__seq="4", pattern="ring,mamba") == "contiguous", "as many: the order in which the data comes"
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused():
