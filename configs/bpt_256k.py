@@ -2,7 +2,8 @@
 
     python -m lcx.train --config configs/bpt_256k.py
 
-Real experiment: one accelerator of 80 GiB and more, or 2, 4 or 8 with heads and feed-forward width over `tensor`.
+Real experiment: one accelerator, or 2, 4 or 8 with heads and feed-forward width over `tensor`. Whether the memory suffices is
+said when it compiles, before anything is allocated; it was not compiled for one.
 Rehearsal (a host without accelerators): 4,096 tokens on one virtual device, two and a half minutes on two cores; the held-out
 loss ends below 3.0 nats per byte.
 """

@@ -2,7 +2,8 @@
 
     python -m lcx.train --config configs/mst_1m.py
 
-Real experiment: 8 devices of 80 GiB and more; an all-to-all gives each device whole sequences of some heads.
+Real experiment: 8 or 16 devices, as its 16 heads allow; an all-to-all gives each device whole sequences of some heads.
+Whether a device's memory suffices is said when it compiles, before anything is allocated; it was not compiled for one.
 Rehearsal (a host without accelerators): 2,048 tokens over 4 virtual devices, under two minutes on two cores; the held-out
 loss ends below 3.0 nats per byte.
 """
