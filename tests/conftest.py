@@ -23,6 +23,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"lcx-test-compilations-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+pytest_plugins = ("tests.command_line", "tests.runs")
+
 
 @pytest.fixture(scope="session")
 def mesh_of():
