@@ -164,12 +164,19 @@ def test_two_processes_train_as_one(start, whole):
 
 
 @pytest.mark.slow
-def test_two_killed_processes_continue_bit_for_bit(start):
+def test_two_processes_killed_and_asked_to_stop_continue_bit_for_bit(start):
+    """A SIGTERM to either one, as a cluster sends it before it takes a machine away, ends both after the same step."""
     for process in (unbroken := start_two(start, "two_whole")):
         finish(process)
     both = start_two(start, "two_broken")
-    wait_for_step(both[0], 14)
+    wait_for_step(both[0], 8)
     kill(*both)
+    both = start_two(start, "two_broken")
+    wait_for_step(both[0], 20)
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        assert "the state is saved, the same command continues" in finish(process) or process is both[1]
+    assert max(losses(both[0].workdir)) < STEPS
     for process in (both := start_two(start, "two_broken")):
         assert "continuing after step" in finish(process) or process is both[1]
     assert losses(both[0].workdir) == losses(unbroken[0].workdir)

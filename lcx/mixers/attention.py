@@ -225,6 +225,8 @@ class UlyssesRing(Attention):
     """Ulysses inside groups of devices, a ring between them (arXiv 2405.07719)."""
 
     strategy = "ulysses_ring"
+    # Groups between one device and all of them have no evenly spaced tokens in striped order.
+    caps = Caps(bidirectional=True, layouts=("zigzag", "contiguous"))
 
     @dataclasses.dataclass(frozen=True)
     class Config(Attention.Config):

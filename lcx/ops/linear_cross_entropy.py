@@ -85,7 +85,7 @@ def linear_cross_entropy(
       labels_BS: int ids of the next tokens.
       weights_BS: weight of each token in the sum. At weight 0 the label is ignored, whatever its value, and so is the
         gradient with respect to the weight.
-      chunk: tokens whose logits exist at a time; None is 8192, fewer (down to 1024) where their logits would take over 1 GiB.
+      chunk: tokens whose logits exist at a time; None is 8192, fewer (down to 1024) where their logits would take over 4 GiB.
       z_loss, label_smoothing: see above. Sources: PaLM (2022), section 5; Szegedy et al. 2016.
       softcap: None, or c for c * tanh(logit / c) (Gemma 2).
       per_token: also return nll_BS and correct_BS.

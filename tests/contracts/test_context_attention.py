@@ -207,8 +207,14 @@ def test_equal_to_whole(mesh_of, case, strategy):
     _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "zigzag", **_options(strategy)))
 
 
-IN_LAYOUTS = [("ring", "causal"), ("ring", "sink_tokens")]
-IN_LAYOUTS += [(strategy, name) for strategy in STRATEGIES for name in ("two_sided_window", "everything")]
+# Each case differs from "everything" in what it leaves out; the rest of the product is for `make test-slow`.
+ALWAYS = {(strategy, name) for strategy in STRATEGIES for name in ("two_sided_window", "everything")}
+ALWAYS |= {("ring", "causal"), ("ring", "sink_tokens")}
+IN_LAYOUTS = [
+    pytest.param(strategy, name, marks=[] if (strategy, name) in ALWAYS else pytest.mark.slow)
+    for strategy in STRATEGIES
+    for name in CASES
+]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
