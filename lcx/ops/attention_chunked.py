@@ -1,11 +1,8 @@
 """Attention by tiles in plain `jnp`: linear memory, every platform, and tiles that the mask empties cost nothing.
 
-The sequence is cut into tiles that lie within one run, so that a tile's order is an interval and its visibility from
-another tile is a comparison of four integers (and of document ids), whatever device the start of the run stands for. For
-each query tile a loop goes from one visible key tile to the next. Source: Dao, "FlashAttention-2" (2023).
+For each query tile a loop goes from one visible key tile to the next. Source: Dao, "FlashAttention-2" (2023).
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.types import AttentionSpec, Runs, Segments
-from lcx.ops.visibility import NO_DOCUMENT, TileBounds, tile_visible, visible_BST
+from lcx.ops.tiling import Tiling
+from lcx.ops.types import AttentionSpec, Segments
+from lcx.ops.visibility import TileBounds, tile_visible, visible_BST
 
 # Measured on two CPU cores, fp32, S=2048, K=16..64, H=4..16: 128, 256 and 512 lie within a third of each other, 256 is first
 # or second everywhere; at 1024 the scores of a pair fall out of the cache and the time doubles.
@@ -30,60 +28,6 @@ def refuse(spec, shapes, dtypes, device_kind):
         if name in shapes:
             return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How one side is cut: every run into `per_run` tiles of `size` tokens, the last one padded."""
-
-    runs: Runs
-    size: int
-    per_run: int
-
-    @classmethod
-    def of(cls, runs: Runs, largest: int) -> "Tiling":
-        """Equal tiles of at most `largest` tokens (rounded up to 8 where there is more than one)."""
-        per_run = -(-runs.length // largest)
-        size = -(-runs.length // per_run)
-        size = size if per_run == 1 else -(-size // 8) * 8
-        return cls(runs, size, -(-runs.length // size))
-
-    @property
-    def padded(self) -> bool:
-        return self.per_run * self.size != self.runs.length
-
-    def split(self, x: jax.Array, fill: Any = 0) -> jax.Array:
-        """B S ... -> tiles B size ..., with `fill` in the padding."""
-        B, _, *rest = x.shape
-        x = x.reshape(B, self.runs.count, self.runs.length, *rest)
-        if self.padded:
-            widths = [(0, 0), (0, 0), (0, self.per_run * self.size - self.runs.length)] + [(0, 0)] * len(rest)
-            x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(x.reshape(B, self.runs.count * self.per_run, self.size, *rest), 1, 0)
-
-    def join(self, tiles: jax.Array) -> jax.Array:
-        """tiles B size ... -> B S ...."""
-        _, B, _, *rest = tiles.shape
-        x = jnp.moveaxis(tiles, 0, 1).reshape(B, self.runs.count, self.per_run * self.size, *rest)
-        return x[:, :, : self.runs.length].reshape(B, self.runs.size, *rest)
-
-    def bounds(self, segments_tiles: jax.Array | None, sink_tiles: jax.Array | None = None) -> TileBounds:
-        """Extremes of every tile."""
-        offset = self.size * jnp.arange(self.per_run, dtype=jnp.int32)
-        tokens = jnp.minimum(self.size, self.runs.length - offset)
-        first = self.runs.starts[:, None].astype(jnp.int32) + self.runs.step * offset[None]
-        last = first + self.runs.step * (tokens - 1)[None]
-        low = high = sink = None
-        if segments_tiles is not None:
-            low = jnp.min(jnp.where(segments_tiles == 0, NO_DOCUMENT, segments_tiles), axis=2)
-            high = jnp.max(segments_tiles, axis=2)
-        if sink_tiles is not None:
-            sink = jnp.any(sink_tiles, axis=(1, 2))
-        return TileBounds(first.reshape(-1), last.reshape(-1), low, high, sink)
-
-    def order(self, first: jax.Array) -> jax.Array:
-        """int32 order of the tokens of the tile that begins at `first`."""
-        return first + self.runs.step * jnp.arange(self.size, dtype=jnp.int32)
 
 
 class Side(NamedTuple):
