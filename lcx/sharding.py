@@ -98,11 +98,12 @@ def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: 
       mesh: the device mesh.
       in_specs, out_specs: pytrees of PartitionSpec, in either form written over all axes.
       form: "kernel": every axis is manual (Mosaic kernels accept nothing less). "tokenwise": data, fsdp and seq are
-        manual and tensor stays with the compiler, so `fn` sees whole heads and a whole feed-forward width.
+        manual and tensor stays with the compiler, so `fn` sees whole heads and a whole feed-forward width. Where tensor is
+        one device the two are the same.
     """
     if form not in ("kernel", "tokenwise"):
         raise ValueError(f"per_shard form={form!r} is not known (valid: kernel, tokenwise)")
-    axes = AXES if form == "kernel" else TOKEN_AXES
+    axes = AXES if form == "kernel" or mesh.shape["tensor"] == 1 else TOKEN_AXES
     if form == "tokenwise" and all(mesh.shape[axis] == 1 for axis in axes):
         # Every device already has all tokens; XLA's partitioner rejects a manual region whose manual axes hold one device.
         return fn

@@ -8,6 +8,7 @@ KERNELS = {
     "attention": {
         "reference": "lcx.ops.attention_reference",
         "chunked": "lcx.ops.attention_chunked",
+        "mosaic_tpu": "pallas_kernels.attention_tpu",
     },
     "linear_cross_entropy": {
         "reference": "lcx.ops.linear_cross_entropy_reference",

@@ -15,19 +15,25 @@ from lcx.ops import attention_chunked
 from lcx.ops.attention import attention
 from lcx.ops.partials import add_sink, merge
 from lcx.ops.types import AttentionSpec, Mask, Runs, Segments, contiguous
-from lcx.registry import UserError
+from lcx.registry import UserError, load
+from pallas_kernels import KERNELS, attention_tpu, interpret
 from tests import attention_oracle as oracle
 from tests.tolerance import assert_close, rms_ratio
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "mosaic_tpu")
 # The arrays are small: compiling is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Several tiles a side at the sizes of these tests."""
+    """Several tiles a side at the sizes of these tests; what only a chip asks of a kernel is for its own tests."""
     monkeypatch.setattr(attention_chunked, "TILE", 16)
+    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda K, dtype: (16, 16))
+    monkeypatch.setattr(attention_tpu, "LANES", 8)
+    monkeypatch.setattr(attention_tpu, "HEAD_WIDTHS", (4, 5, 8, 128))
+    with interpret.interpreted():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +203,9 @@ FOR_THE_REFERENCE = ("two_sided_window", "sink_tokens", "sink_keys_given", "zigz
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), [(name, "chunked") for name in CASES] + [(name, "reference") for name in FOR_THE_REFERENCE]
+    ("name", "implementation"),
+    [(name, implementation) for implementation in ("chunked", "mosaic_tpu") for name in CASES]
+    + [(name, "reference") for name in FOR_THE_REFERENCE],
 )
 def test_equals_the_oracle(name, implementation):
     case = CASES[name]
@@ -272,9 +280,7 @@ def test_bf16(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_partials_over_slices_of_the_keys_add_up(implementation):
     """forward with a carry, merge, and backward under the logsumexp over all keys: what a ring does."""
-    import importlib
-
-    backend = importlib.import_module(f"lcx.ops.attention_{implementation}")
+    backend = load(KERNELS["attention"], implementation, field="implementation")
     case = Case(sizes=(1, 40, 40, 2, 1, 4))
     inputs, do, dlse = inputs_of(case)
     expected = expected_of(case)

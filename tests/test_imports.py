@@ -54,7 +54,7 @@ COMMANDS = 15  # every other module of lcx: python -m lcx.<verb>
 
 # Packages that may import nothing of the project but these (and themselves).
 ONLY = {
-    "pallas_kernels": ("lcx.dims", "lcx.ops.types"),
+    "pallas_kernels": ("lcx.dims", "lcx.ops.types", "lcx.ops.visibility", "lcx.ops.tiling"),
     "lcx.data": ("lcx.registry", "lcx.folders", "lcx.mesh", "lcx.command"),
     "configs": ("lcx.config", "lcx.registry"),
 }

@@ -35,10 +35,10 @@ def get_config(variant):
     # 3,000 steps. Distances of every order of magnitude teach the same in a few hundred.
     config.datasets.induction.update(distance="log", held_out_rows=256)
     config.datasets.selective_copy.update(num_tokens=8, held_out_rows=256)
-    config.train.update(steps=4000, batch=8, log_every=200)
-    config.optimizer.update(
-        learning_rate=1e-2 if name == "mamba" else 3e-3, schedule="constant", warmup_steps=50, weight_decay=0.0
-    )
+    steps, batch = (4000, 8) if task == "induction" else (6000, 16)
+    config.train.update(steps=steps, batch=batch, log_every=200)
+    rate = 1e-2 if variant == "induction-mamba" else 3e-3
+    config.optimizer.update(learning_rate=rate, schedule="constant", warmup_steps=50, weight_decay=0.0)
     config.evaluate.update(every=500, batches=32, buckets=1)
     config.checkpoint.every = 0
     config.track.wandb = "disabled"

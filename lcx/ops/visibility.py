@@ -78,6 +78,19 @@ def tile_visible(mask: Mask, q: TileBounds, k: TileBounds) -> jax.Array:
     return seen
 
 
+def tile_full(mask: Mask, q: TileBounds, k: TileBounds) -> jax.Array:
+    """bool, one per pair of tiles (the bounds broadcast against each other): True only where every query of q sees every key
+    of k, given that neither holds padding."""
+    seen = jnp.ones(jnp.broadcast_shapes(q.first.shape, k.first.shape), bool)
+    if mask.left is not None:
+        seen = seen & (q.last - k.first <= mask.left)
+    if mask.right is not None:
+        seen = seen & (q.first - k.last >= -mask.right)
+    if q.low_B is not None:
+        seen = seen & (q.low_B == q.high_B) & (k.low_B == k.high_B) & (q.low_B == k.low_B)
+    return seen
+
+
 def leading_tokens_BT(count: int, order_T: jax.Array, segments_BT: jax.Array | None, batch: int) -> jax.Array:
     """bool B T: whether a key is one of the first `count` tokens of its document. The keys are whole rows, in any order.
 
