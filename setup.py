@@ -34,6 +34,7 @@ EXTRAS = {
     "tokenizers": ["tokenizers", "sentencepiece"],
     "tensorboard": ["tensorboardX"],
     "test": [
+        "libtpu",  # every kernel is compiled for every TPU
         "pytest",
         "pytest-xdist",
         "hypothesis",

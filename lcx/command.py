@@ -1,6 +1,7 @@
 """What every command of lcx shares: its arguments, its exit status, its one line for a mistake."""
 
 import argparse
+import glob
 import os
 import sys
 from collections.abc import Callable
@@ -8,14 +9,19 @@ from collections.abc import Callable
 from lcx.registry import UserError, unknown
 
 REHEARSAL_DEVICES = 8
+# What Linux shows of a TPU, an NVIDIA or an AMD GPU.
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def prepare_platform() -> None:
     """Gives a host without accelerators virtual devices, before anything asks for the first one.
 
     `JAX_NUM_CPU_DEVICES` states another number. Virtual devices share the host's cores and can be late to a collective
-    by minutes, so the rendezvous is told to wait.
+    by minutes, so the rendezvous is told to wait. Where no accelerator is to be seen JAX is not sent to look for one: with
+    libtpu installed, to compile for TPUs, that takes long and ends in messages about a broken TPU.
     """
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     count = os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
     if not count.isdecimal() or not int(count):
         raise UserError(f"JAX_NUM_CPU_DEVICES={count!r} must be an integer of at least 1")

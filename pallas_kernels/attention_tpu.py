@@ -83,6 +83,14 @@ class Problem:
         """B H S -> B H 1 S, padded: what stands as a row beside each tile of queries."""
         return self.q_tiles.pad(x_BHS.astype(jnp.float32), fill, dim=2)[:, :, None, :]
 
+    def cost(self, products: int) -> pl.CostEstimate:
+        """Of a kernel that takes `products` products for each pair of tiles, on the pairs of a diagonal block."""
+        mask, S, T = self.spec.mask, self.q.shape[2], self.k.shape[2]
+        seen = T if mask.left is None or mask.right is None else min(T, mask.left + mask.right + 1)
+        pairs = self.B * self.H * S * (seen // 2 if mask.causal and seen == T else seen)
+        moved = sum(x.size * x.dtype.itemsize for x in (self.q, self.k, self.v))
+        return pl.CostEstimate(flops=2 * products * pairs * self.K, transcendentals=pairs, bytes_accessed=2 * moved)
+
     def scores(self, q_bK, k_cK, tile: Tile, masked: bool):
         """See `attention_tpu_tile.scores`."""
         steps = self.q_tiles.runs.step, self.k_tiles.runs.step
@@ -106,6 +114,7 @@ def forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_s
         inputs=p.common | keys | _of_queries(p, q=p.q, documents_q=p.documents_q, carry_o=o, carry_lse=lse),
         outputs=_of_queries(p, o=shape(B, H, S, K), lse=shape(B, H, 1, S)),
         scratch=slots | dict(sum_o=pltpu.VMEM((K, p.q_tiles.size), jnp.float32), top=row, total=row),
+        cost=p.cost(products=2),
         aliases={} if carry is None else dict(carry_o="o", carry_lse="lse"),
     )
     return p.tokens_first(found["o"], p.q_tiles), p.q_tiles.unpad(found["lse"][:, :, 0], dim=2)
@@ -178,6 +187,7 @@ def _query_gradient(p: Problem, rows: dict[str, jax.Array]) -> jax.Array:
         inputs=p.common | keys | _of_queries(p, q=p.q, documents_q=p.documents_q, **rows),
         outputs=_of_queries(p, dq=jax.ShapeDtypeStruct(p.q.shape, jnp.float32)),
         scratch=slots | dict(sum_dq=pltpu.VMEM((p.K, p.q_tiles.size), jnp.float32)),
+        cost=p.cost(products=3),
     )
     return found["dq"]
 
@@ -224,6 +234,7 @@ def _key_gradients(p: Problem, rows: dict[str, jax.Array]) -> tuple[jax.Array, j
         inputs=p.common | {name: Operand(x) for name, x in streamed.items()} | own | _intervals(p.pairs.over_queries()),
         outputs=dict(dk=of_keys(shape), dv=of_keys(shape)),
         scratch=_slots(streamed, p.q_tiles),
+        cost=p.cost(products=4),
     )
     return found["dk"], found["dv"]
 

@@ -40,6 +40,7 @@ def launch(
     inputs: dict[str, Operand],
     outputs: dict[str, Operand],
     scratch: dict[str, Any],
+    cost: pl.CostEstimate,
     aliases: dict[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """Runs `kernel(refs)`, every reference under its name, and returns the outputs by name.
@@ -49,6 +50,7 @@ def launch(
       name: of the kernel in profiles and dumps.
       grid: programs.
       inputs, outputs, scratch: by name; what is None in `inputs` (as an array) or in `scratch` is None in `refs`.
+      cost: what the compiler's scheduler weighs transfers against; without it a kernel counts as nothing to hide behind.
       aliases: input -> output that takes its memory.
     """
     absent = [name for name, operand in inputs.items() if operand.array is None]
@@ -67,6 +69,7 @@ def launch(
         out_shape=[operand.array for operand in outputs.values()],
         input_output_aliases={place(inputs, a): place(outputs, b) for a, b in (aliases or {}).items()},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)),
+        cost_estimate=cost,
         interpret=interpret.mode(),
         name=name,
     )(*(operand.array for operand in inputs.values()))

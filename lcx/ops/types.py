@@ -74,6 +74,14 @@ class Runs:
         """Number of tokens."""
         return self.count * self.length
 
+    def halves(self) -> tuple["Runs", "Runs"]:
+        """The first half of the runs and the rest; of one run, of its tokens."""
+        if self.count > 1:
+            half = self.count // 2
+            return Runs(self.starts[:half], self.length, self.step), Runs(self.starts[half:], self.length, self.step)
+        half = self.length // 2
+        return Runs(self.starts, half, self.step), Runs(self.starts + self.step * half, self.length - half, self.step)
+
     def order(self) -> jax.Array:
         """int32 order of every token, `size` of them."""
         offsets = self.step * jnp.arange(self.length, dtype=jnp.int32)

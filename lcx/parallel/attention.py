@@ -18,6 +18,7 @@ from lcx.ops.partials import add_sink
 from lcx.ops.types import AttentionSpec, Mask
 from lcx.parallel import STRATEGIES, sinks
 from lcx.parallel.layouts import check_layout, padded_length, sequence_permutation
+from lcx.parallel.passes import head_passes, in_passes
 from lcx.parallel.plan import Plan, pack_tokens
 from lcx.registry import UserError, load
 from lcx.sharding import activation_spec, per_shard
@@ -99,7 +100,10 @@ def context_attention(
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
-    call = Call(module.forward, module.backward, plan, mesh)
+    fits = lambda n: module.refuse(plan.with_heads(plan.q_heads // n, plan.kv_heads // n)) is None
+    passes = head_passes(mask, length // shards, plan.q_heads, plan.kv_heads, fits)
+    plan = plan.with_heads(plan.q_heads // passes, plan.kv_heads // passes)
+    call = Call(module.forward, module.backward, plan, mesh, passes)
     o_BSHK, lse_BHS = attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
     if length != S:
         o_BSHK, lse_BHS = padding.remove(o_BSHK), padding.remove(lse_BHS, dim=2)
@@ -115,19 +119,21 @@ class Call:
     Attributes:
       forward: (plan, q, k, v, tokens, slopes) -> o, lse on one device, in fp32.
       backward: (plan, q, k, v, do, lse, delta, tokens, slopes) -> dq, dk, dv on one device, in fp32.
-      plan: what both know statically; has `dtype`.
+      plan: what both know statically, about the heads of one pass; has `dtype`.
       mesh: the device mesh.
+      passes: over how many parts of the heads.
     """
 
     forward: Callable
     backward: Callable
     plan: Any
     mesh: Mesh
+    passes: int = 1
 
-    def run(self, function: Callable, dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
+    def run(self, function: Callable, dims: tuple[str, ...], out_dims: tuple[str, ...], out_dtypes: tuple, *arrays):
         """`forward` or `backward` on every device."""
         specs = tuple(activation_spec(d) for d in dims)
-        local = functools.partial(function, self.plan)
+        local = in_passes(functools.partial(function, self.plan), self.passes, dims, out_dims, out_dtypes)
         out_specs = tuple(activation_spec(d) for d in out_dims)
         return per_shard(local, mesh=self.mesh, in_specs=specs, out_specs=out_specs)(*arrays)
 
@@ -139,9 +145,10 @@ def attend(call: Call, q, k, v, slopes_H, tokens_BS):
 
 
 def _attend_forward(call, q, k, v, slopes_H, tokens_BS):
-    o, lse = call.run(call.forward, ("BSHK", "BTGK", "BTGK", "BS", "H"), ("BSHK", "BHS"), q, k, v, tokens_BS, slopes_H)
+    dims, dtypes = ("BSHK", "BTGK", "BTGK", "BS", "H"), (call.plan.dtype, jnp.float32)
+    o, lse = call.run(call.forward, dims, ("BSHK", "BHS"), dtypes, q, k, v, tokens_BS, slopes_H)
     # Named here, among the residuals, so that a remat policy can save them and the forward ring is not run again.
-    o, lse = checkpoint_name(o.astype(call.plan.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
+    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (o, lse), (q, k, v, slopes_H, tokens_BS, o, lse)
 
 
@@ -150,10 +157,10 @@ def _attend_backward(call, residuals, cotangents):
     do, dlse = cotangents
     delta = jnp.einsum("bshk,bshk->bhs", do.astype(jnp.float32), o.astype(jnp.float32)) - dlse
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)
-    dims = ("BSHK", "BTGK", "BTGK", "BSHK", "BHS", "BHS", "BS", "H")
-    dq, dk, dv = call.run(call.backward, dims, ("BSHK", "BTGK", "BTGK"), q, k, v, do, lse, delta, tokens_BS, slopes_H)
+    dims, grads, dtypes = ("BSHK", "BTGK", "BTGK", "BSHK", "BHS", "BHS", "BS", "H"), ("BSHK", "BTGK", "BTGK"), (q.dtype,) * 3
+    dq, dk, dv = call.run(call.backward, dims, grads, dtypes, q, k, v, do, lse, delta, tokens_BS, slopes_H)
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tokens_BS)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jax.tree.map(jnp.zeros_like, slopes_H), none
+    return dq, dk, dv, jax.tree.map(jnp.zeros_like, slopes_H), none
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lcx.ops.attention import attention_backend
 from lcx.ops.types import AttentionSpec, Mask, Runs, Segments
@@ -44,6 +45,10 @@ class Plan:
     ulysses_degree: int | None = None
     hidden: int = 0
 
+    def with_heads(self, q_heads: int, kv_heads: int) -> "Plan":
+        """The same with other numbers of heads."""
+        return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads)
+
     @property
     def has_sinks(self) -> bool:
         """Whether some keys are exempt from the window."""
@@ -81,6 +86,17 @@ class Queries(NamedTuple):
     do_BsHK: jax.Array | None = None
     lse_BHs: jax.Array | None = None
     delta_BHs: jax.Array | None = None
+
+    def halves(self) -> tuple["Queries", "Queries"]:
+        """The first run and the second, or the halves of the only one, which has at least two tokens."""
+        early, late = self.order.halves()
+
+        def part(order: Runs, low: int) -> Queries:
+            cut = lambda x, dim: None if x is None else lax.slice_in_dim(x, low, low + order.size, axis=dim)
+            by_token = dict(q_BsHK=1, tokens_Bs=1, do_BsHK=1, lse_BHs=2, delta_BHs=2)
+            return self._replace(order=order, **{name: cut(getattr(self, name), dim) for name, dim in by_token.items()})
+
+        return part(early, 0), part(late, early.size)
 
 
 def pack_tokens(segments: jax.Array, sink: jax.Array | None) -> jax.Array:

@@ -65,22 +65,37 @@ def _travel(ring: Ring, visit: Callable, state: tuple, distance: int, sign: int,
 
 
 def backward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, tokens_Bs, slopes_H, *, stride: int = 1):
-    """See `lcx.parallel`, and `forward`. The own block comes last: the others' gradients travel home behind it."""
+    """See `lcx.parallel`, and `forward`.
+
+    The first transfer and the last, of gradients that come home, have only the own block to hide behind: half of the queries
+    each.
+    """
     route = Route.of(plan, stride)
     ring = route.ring
     queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H, do_BsHK, lse_BHs, delta_BHs)
     own = Keys(k_BtGK, v_BtGK, tokens_Bs)
-    visit = lambda keys, distance: block_backward(route.plan, queries, keys, route.order(distance))
+    visit = lambda keys, distance, some=queries: block_backward(route.plan, some, keys, route.order(distance))
 
-    dq, homeward = jnp.zeros(q_BsHK.shape, jnp.float32), []
-    keys = ring.hop(own, route.legs[0][0]) if route.legs else None
-    for number, (sign, hops) in enumerate(route.legs):
-        next_leg = [(own, following) for following, _ in route.legs[number + 1 :]]
-        dq, dkv, keys = _travel_back(ring, visit, dq, keys, sign, hops, next_leg)
-        homeward.append((dkv, -sign * hops))
-    (dq_own, dkv_own), *home = ring.during(lambda: visit(own, 0), *homeward)
-    dkv = jax.tree.map(lambda *parts: sum(parts), dkv_own, *home)
-    dq = dq + dq_own
+    if route.legs:
+        first_way, late, from_legs = route.legs[0][0], queries, []
+        if (tokens := q_BsHK.shape[1]) == 1:
+            dq, dkv, keys = jnp.zeros(q_BsHK.shape, jnp.float32), (0.0, 0.0), ring.hop(own, first_way)
+        else:
+            early, late = queries.halves()
+            (dq, dkv), keys = ring.during(lambda: visit(own, 0, early), (own, first_way))
+            dq = jnp.pad(dq, [(0, 0), (0, tokens - dq.shape[1]), (0, 0), (0, 0)])
+        for number, (sign, hops) in enumerate(route.legs):
+            next_leg = [(own, following) for following, _ in route.legs[number + 1 :]]
+            dq, dkv_leg, keys = _travel_back(ring, visit, dq, keys, sign, hops, next_leg)
+            from_legs.append(dkv_leg)
+        # Not before the legs are done: the compiler would hide another transfer behind it.
+        own, from_legs = lax.optimization_barrier((own, from_legs))
+        ways = [-sign * hops for sign, hops in route.legs]
+        (dq_late, dkv_late), *home = ring.during(lambda: visit(own, 0, late), *zip(from_legs, ways, strict=True))
+        dq = dq.at[:, -late.q_BsHK.shape[1] :].add(dq_late)
+        dkv = jax.tree.map(lambda *parts: sum(parts), dkv, dkv_late, *home)
+    else:
+        dq, dkv = visit(own, 0)
 
     if route.sinks is not None:
         keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, ring)

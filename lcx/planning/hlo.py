@@ -91,33 +91,66 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, found
 
 
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """One computation of a compiled program, at one place that calls it.
+
+    Attributes:
+      lines: its operations; in the order in which they run, where the program is scheduled.
+      loops: how many while loops it stands in.
+      times: how often it runs; see `Operation`.
+    """
+
+    lines: list[str]
+    loops: int
+    times: int
+
+
+def reached(text: str) -> tuple[list[Computation], dict[str, list[str]]]:
+    """Every computation that the entry computation reaches, once for each place that calls it; and all computations by name.
+
+    Args:
+      text: `compiled.as_text()`.
+    """
+    entry, computations = _computations(text)
+    found = []
+
+    def walk(name: str, loops: int, times: int) -> None:
+        found.append(Computation(computations[name], loops, times))
+        for line in computations[name]:
+            inside = loops, times
+            if " while(" in line:
+                trips = _TRIPS.search(line)
+                turns = int(trips[1]) if trips else _bound(computations[_CONDITION.search(line)[1]], computations)
+                inside = loops + 1, times * turns
+            for child in called(line):
+                walk(child, *inside)
+
+    walk(entry, 0, 1)
+    return found, computations
+
+
+def called(line: str) -> list[str]:
+    """The computations that an operation calls."""
+    names = [one or several for one, several in _CALLED.findall(line)]
+    return [child.strip().lstrip("%") for several in names for child in several.split(",")]
+
+
 def operations(text: str) -> Iterator[Operation]:
     """Every operation that the entry computation reaches, once for each place that calls it.
 
     Args:
       text: `compiled.as_text()`.
     """
-    entry, computations = _computations(text)
-
-    def walk(name: str, loops: int, times: int) -> Iterator[Operation]:
+    for computation in reached(text)[0]:
         shapes: dict[str, str] = {}
-        for line in computations[name]:
+        for line in computation.lines:
             match = _OPERATION.match(line)
-            if not match:
-                continue
-            result, shape, kind = match.groups()
-            shapes[result] = shape
-            yield Operation(kind, shape, line.strip(), loops, times, _flops(kind, shape, line, shapes))
-            inside = loops, times
-            if kind == "while":
-                trips = _TRIPS.search(line)
-                turns = int(trips[1]) if trips else _bound(computations[_CONDITION.search(line)[1]], computations)
-                inside = loops + 1, times * turns
-            for one, several in _CALLED.findall(line):
-                for child in (one or several).split(","):
-                    yield from walk(child.strip().lstrip("%"), *inside)
-
-    return walk(entry, 0, 1)
+            if match:
+                result, shape, kind = match.groups()
+                shapes[result] = shape
+                flops = _flops(kind, shape, line, shapes)
+                yield Operation(kind, shape, line.strip(), computation.loops, computation.times, flops)
 
 
 def executed_flops(text: str) -> int:

@@ -11,11 +11,13 @@ from jax.sharding import NamedSharding
 
 from lcx.ops.attention import attention
 from lcx.ops.types import Mask
-from lcx.parallel import STRATEGIES, layouts, ring
+from lcx.parallel import STRATEGIES, layouts, passes, ring
+from lcx.parallel import attention as attention_over_mesh
 from lcx.parallel.attention import context_attention
 from lcx.parallel.layouts import LAYOUTS, sequence_permutation
 from lcx.registry import UserError
 from lcx.sharding import activation_spec
+from pallas_kernels import attention_tpu, interpret
 from tests.tolerance import GRADIENTS, assert_close, rms_ratio
 
 DIMS = dict(
@@ -222,6 +224,39 @@ IN_LAYOUTS = [
 def test_equal_to_whole_in_other_layouts(mesh_of, strategy, name, layout):
     options = {} if layout == "striped" else _options(strategy)
     _assert_equal_to_whole(CASES[name], Sharded(CASES[name], mesh_of(seq=4), strategy, layout, **options))
+
+
+@pytest.mark.parametrize(("strategy", "kv_heads"), [("ring", 4), ("ulysses", 8), ("allgather", 2)])
+def test_equal_to_whole_a_few_heads_at_a_time(mesh_of, monkeypatch, strategy, kv_heads):
+    """As many passes as the key/value heads and the strategy allow."""
+    monkeypatch.setattr(passes, "PAIRS", 1)
+    case = dataclasses.replace(CASES["everything"], heads=(8, kv_heads))
+    made, real = [], passes.in_passes
+    monkeypatch.setattr(attention_over_mesh, "in_passes", lambda fn, n, *rest: made.append(n) or real(fn, n, *rest))
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "zigzag"))
+    assert set(made) == {2 if strategy == "ulysses" else kv_heads}
+
+
+def test_how_many_passes():
+    """One where there is little to do; with a window, more tokens make as little; never a head in two parts."""
+    anything = lambda n: True
+    assert passes.head_passes(Mask(), 2**13, 32, 8, anything) == 2
+    assert passes.head_passes(Mask(), 2**14, 32, 8, anything) == 8
+    assert passes.head_passes(Mask(), 2**11, 32, 8, anything) == 1
+    assert passes.head_passes(Mask(window=(2**11 - 1, 0)), 2**14, 32, 8, anything) == 1
+    assert passes.head_passes(Mask(), 2**20, 32, 8, lambda n: n <= 4) == 4
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("ring", 2), pytest.param("ulysses_ring", 4, marks=pytest.mark.slow)])
+def test_equal_to_whole_with_the_tpu_kernel(mesh_of, monkeypatch, strategy, devices):
+    """Interpreted: one kernel for every step of the ring, told by traced starts what it sees."""
+    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda K, dtype: (8, 8))
+    monkeypatch.setattr(attention_tpu, "LANES", 8)
+    monkeypatch.setattr(attention_tpu, "HEAD_WIDTHS", (8,))
+    case = CASES["everything"]
+    with interpret.interpreted():
+        sharded = Sharded(case, mesh_of(seq=devices), strategy, "zigzag", implementation="mosaic_tpu", **_options(strategy))
+        _assert_equal_to_whole(case, sharded)
 
 
 MESHES = [

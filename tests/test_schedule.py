@@ -1,0 +1,99 @@
+"""Reading a schedule; and that rings compiled for TPUs hide every transfer behind a kernel. Compiled, not run."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from lcx.ops import dispatch
+from lcx.ops.types import Mask
+from lcx.parallel.attention import context_attention
+from lcx.planning.schedule import overlapped, transfers
+from lcx.planning.topologies import topology_mesh
+from lcx.sharding import activation_spec
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
+)
+
+PROGRAM = """HloModule f, is_scheduled=true
+
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]) parameter(0)
+  %n = s32[] constant(7)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (s32[], f32[4]) parameter(0)
+  %x = f32[4] get-tuple-element(%b), index=1
+  %start = (f32[4], f32[4]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %kernel = f32[4] custom-call(%x), custom_call_target="tpu_custom_call"
+  %done = f32[4] collective-permute-done(%start)
+  ROOT %t = (s32[], f32[4]) tuple(%b, %done)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  %late = (f32[4], f32[4]) collective-permute-start(%p), source_target_pairs={{0,1}}
+  %add = f32[4] add(%p, %p)
+  %late_done = f32[4] collective-permute-done(%late)
+  %blocking = f32[4] collective-permute(%p), source_target_pairs={{0,1}}
+  %outer = (f32[4], f32[4]) all-gather-start(%p)
+  %w = (s32[], f32[4]) while(%p), condition=%condition, body=%body
+  %outer_done = f32[4] all-gather-done(%outer)
+  ROOT %r = f32[4] get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_what_runs_under_a_kernel():
+    found = {(t.kind, t.asynchronous, t.kernels, t.times) for t in transfers(PROGRAM)}
+    permute = "collective-permute"
+    assert found == {(permute, True, 0, 1), (permute, False, 0, 1), ("all-gather", True, 1, 1), (permute, True, 1, 7)}
+    assert overlapped(PROGRAM) == 7 / 9
+    assert overlapped(PROGRAM, "all-gather") == 1.0
+
+
+def test_a_program_that_is_not_scheduled_is_refused():
+    with pytest.raises(ValueError, match="no schedule"):
+        transfers("HloModule f\n")
+
+
+def compile_ring(target: str, tokens: int, kv_heads: int, heads: int = 32):
+    """Forward and backward pass of causal attention over packed documents, bf16, zigzag, over all devices of a target."""
+    mesh = topology_mesh(target, seq=-1)
+    S, K = tokens * mesh.size, 128
+
+    def shape(dims, *sizes, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=NamedSharding(mesh, activation_spec(dims)))
+
+    def passes(q, k, v, ids, do):
+        o, pull = jax.vjp(lambda *qkv: context_attention(*qkv, mesh=mesh, mask=Mask(), segments_BS=ids), q, k, v)
+        return o, pull(do)
+
+    q, k = shape("BSHK", 1, S, heads, K), shape("BTGK", 1, S, kv_heads, K)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"), dispatch.recording({"attention": "mosaic_tpu"}):
+        return jax.jit(passes).lower(q, k, k, shape("BS", 1, S, dtype="int32"), q).compile()
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "gibibytes"), [(32, 1.0), (8, 0.7)])
+def test_a_ring_at_128k_tokens_hides_its_transfers_in_little_memory(kv_heads, gibibytes, capsys):
+    """Over v5e:2x4, 32 query heads of 128. What travels exists for a few heads at a time."""
+    compiled = compile_ring("v5e:2x4", 2**14, kv_heads)
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    with capsys.disabled():
+        print(f"\nattention of 131,072 tokens over v5e:2x4, {kv_heads} key/value heads: {temporary:.2f} GiB temporary a chip")
+    assert temporary <= gibibytes
+    assert overlapped(compiled.as_text()) == 1.0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_ring_at_8k_tokens_a_device_hides_its_transfers():
+    assert overlapped(compile_ring("v5e:2x4", 2**13, 8).as_text()) == 1.0
