@@ -12,7 +12,7 @@ ACCELERATOR := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L
 BASE = plots,tokenizers$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 
-.PHONY: train test test-slow test-next lint clean
+.PHONY: train test test-slow test-next check-cuda lint clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/installed-run
@@ -29,11 +29,15 @@ test-slow: $(VENV)/installed-plan
 test-next: .venv-next/installed
 	.venv-next/bin/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS) tests
 
+# The GPU kernels through the CUDA compiler, which needs no GPU. 5 GB of packages, in an environment of their own.
+check-cuda: .venv-cuda/installed
+	.venv-cuda/bin/python -m pytest -q $(ARGS) tests/cuda
+
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-next build *.egg-info
+	rm -rf .venv .venv-next .venv-cuda build *.egg-info
 
 # One line for an older Python, before anything is downloaded.
 define venv
@@ -67,4 +71,10 @@ $(VENV)/installed-plan: $(VENV)/installed-test
 .venv-next/installed: setup.py
 	$(call venv,.venv-next)
 	$(call install,.venv-next,--upgrade -e '.[test$(comma)plots$(comma)tokenizers]')
+	@touch $@
+
+.venv-cuda/installed: setup.py constraints.txt
+	$(call venv,.venv-cuda)
+	@echo "installing lcx [cuda,test] into .venv-cuda: 5 GB, a few minutes the first time"
+	$(call install,.venv-cuda,-c constraints.txt -e '.[cuda$(comma)test]')
 	@touch $@

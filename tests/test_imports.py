@@ -190,7 +190,7 @@ def test_every_file_imports_only_what_stands_below_it():
         ("lcx.train", "import launch.slurm"),
         ("lcx.config", "from configs import base"),
         ("pallas_kernels.attention_tpu", "from lcx.registry import UserError"),
-        ("pallas_kernels.attention_tpu", "from lcx.ops import visibility"),
+        ("pallas_kernels.attention_tpu", "from lcx.ops import attention"),
         ("configs.mine", "from lcx.model import Config"),
     ],
 )
