@@ -9,6 +9,7 @@ KERNELS = {
         "reference": "lcx.ops.attention_reference",
         "chunked": "lcx.ops.attention_chunked",
         "mosaic_tpu": "pallas_kernels.attention_tpu",
+        "mosaic_gpu": "pallas_kernels.attention_hopper",
     },
     "linear_cross_entropy": {
         "reference": "lcx.ops.linear_cross_entropy_reference",

@@ -6,10 +6,12 @@ to the number of tiles, not of pairs.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lcx.ops.tiling import Tiling
 from lcx.ops.types import Mask, Segments
@@ -128,3 +130,53 @@ def _hull(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     j = jax.lax.broadcasted_iota(jnp.int32, seen.shape, seen.ndim - 1)
     high = jnp.max(jnp.where(seen, j + 1, 0), axis=-1)
     return jnp.minimum(jnp.min(jnp.where(seen, j, n), axis=-1), high), high
+
+
+# What the kernels make of them, scalar by scalar.
+
+
+class Walk(NamedTuple):
+    """The tiles of one side that a program needs.
+
+    Attributes:
+      total: how many.
+      locate: t -> (tile, order of its first token, whether no pair is hidden).
+    """
+
+    total: jax.Array
+    locate: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def walk(read: Callable[[int], jax.Array], numbers: int, starts: Any, tiling: Tiling) -> Walk:
+    """The tiles of a program's intervals.
+
+    Args:
+      read: i -> the i-th of the program's `numbers` numbers, as `Ranges.packed` orders them; the intervals go through the runs in
+        turn.
+      numbers: 4 for each interval.
+      starts: reference of the starts of the runs.
+      tiling: of the side that is walked.
+    """
+    stride = tiling.runs.step * tiling.size
+    intervals, total = [], jnp.int32(0)
+    for i in range(numbers // 4):
+        low, high, *full = (read(4 * i + x) for x in range(4))
+        run = i % tiling.runs.count
+        intervals.append((total, low - total, starts[run] - stride * run * tiling.per_run, *full))
+        total = total + high - low
+
+    def locate(t):
+        _, shift, base, full_low, full_high = intervals[0]
+        for since, *others in intervals[1:]:
+            choose = lambda a, b, here=t >= since: jnp.where(here, a, b)
+            shift, base, full_low, full_high = map(choose, others, (shift, base, full_low, full_high))
+        tile = t + shift
+        return tile, base + stride * tile, (full_low <= tile) & (tile < full_high)
+
+    return Walk(total, locate)
+
+
+def first_order(starts: Any, tiling: Tiling, tile: jax.Array) -> jax.Array:
+    """Order of a tile's first token; `starts`: reference of the starts of the runs."""
+    run = lax.div(tile, jnp.int32(tiling.per_run))
+    return starts[run] + tiling.runs.step * tiling.size * (tile - run * tiling.per_run)

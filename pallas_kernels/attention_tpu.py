@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Runs, Segments
 from pallas_kernels import interpret
-from pallas_kernels.attention_ranges import Pairs, Ranges
-from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, first_order, over_tiles, scores
-from pallas_kernels.mosaic import Operand, dot, launch, scalars
+from pallas_kernels.attention_ranges import Pairs, Ranges, Walk, first_order, walk
+from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, over_tiles, scores
+from pallas_kernels.mosaic_tpu import Operand, dot, launch, scalars
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 LANES = 128
@@ -225,7 +225,7 @@ def _key_gradients(p: Problem, rows: dict[str, jax.Array]) -> tuple[jax.Array, j
 
             either(full, compute)
 
-        over_tiles(refs.ranges, refs.starts_q, p.q_tiles, copies, visit, members=members)
+        over_tiles(_walk(refs.ranges, refs.starts_q, p.q_tiles), copies, visit, members=members)
 
     found = launch(
         kernel,
@@ -285,6 +285,11 @@ def _copies(refs, names, tiling: Tiling, place: Callable[[str], tuple], tile: ja
     return found
 
 
+def _walk(ranges, starts, tiling: Tiling) -> Walk:
+    """The tiles of the program's row of intervals."""
+    return walk(lambda i: ranges[0, i], ranges.shape[1], starts, tiling)
+
+
 def _whole(ref):
     return None if ref is None else ref[...]
 
@@ -303,4 +308,4 @@ def _over_keys(p: Problem, refs, step: Callable[[jax.Array, jax.Array, Tile, boo
         either(full, lambda masked: step(refs.k_slots[slot], refs.v_slots[slot], tile, masked))
 
     copies = lambda tile, _, slot: _copies(refs, ("k", "v", "documents_k", "sinks"), p.k_tiles, place, tile, slot)
-    over_tiles(refs.ranges, refs.starts_k, p.k_tiles, copies, visit)
+    over_tiles(_walk(refs.ranges, refs.starts_k, p.k_tiles), copies, visit)

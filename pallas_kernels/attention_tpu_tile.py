@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Mask
-from pallas_kernels.mosaic import dot, to_sublanes
+from pallas_kernels.attention_ranges import Walk
+from pallas_kernels.mosaic_tpu import dot, to_sublanes
 
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite, so that differences are
@@ -81,56 +81,36 @@ def _visible(mask: Mask, distance, tile: Tile) -> jax.Array | None:
     return both(terms) if terms else None
 
 
-def first_order(starts, tiling: Tiling, tile: jax.Array) -> jax.Array:
-    """Order of a tile's first token."""
-    run = tile // tiling.per_run
-    return starts[run] + tiling.runs.step * tiling.size * (tile - run * tiling.per_run)
-
-
 def either(full: jax.Array, compute: Callable[[bool], None]) -> None:
     """compute(masked): without a mask where no pair is hidden."""
     pl.when(full)(lambda: compute(False))
     pl.when(jnp.logical_not(full))(lambda: compute(True))
 
 
-def over_tiles(ranges, starts, tiling: Tiling, copies, visit, members: int = 1) -> None:
-    """visit(slot, member, first order, whether no pair is hidden) for each tile of the intervals, while the next is copied.
+def over_tiles(walk: Walk, copies, visit, members: int = 1) -> None:
+    """visit(slot, member, first order, whether no pair is hidden) for each tile, while the next one is copied.
 
     Args:
-      ranges: scalar reference of (1, 4 intervals), as `Ranges.packed` makes them; the intervals go through the runs in turn.
-      starts: scalar reference of the starts of the runs.
-      tiling: of the side that is streamed.
+      walk: the tiles.
       copies: copies(tile, member, slot) -> the copies that bring a tile into one of two slots.
       visit: what is computed with it.
       members: how many times each tile is visited, for the query heads that share the keys.
     """
-    stride = tiling.runs.step * tiling.size
-    intervals = []
-    total = jnp.int32(0)
-    for i in range(ranges.shape[1] // 4):
-        low, high, *full = (ranges[0, 4 * i + x] for x in range(4))
-        run = i % tiling.runs.count
-        intervals.append((total, low - total, starts[run] - stride * run * tiling.per_run, *full))
-        total = total + high - low
-
-    def locate(t):
-        _, shift, base, full_low, full_high = intervals[0]
-        for since, *others in intervals[1:]:
-            choose = lambda a, b, here=t >= since: jnp.where(here, a, b)
-            shift, base, full_low, full_high = map(choose, others, (shift, base, full_low, full_high))
-        tile = t + shift
-        return tile, base + stride * tile, (full_low <= tile) & (tile < full_high)
-
-    def begin(t):
-        for copy in copies(locate(t // members)[0], t % members, t % 2):
-            copy.start()
+    of = lambda t: copies(walk.locate(t // members)[0], t % members, t % 2)
 
     def step(t, _):
-        pl.when(t + 1 < total * members)(lambda: begin(t + 1))
-        tile, first, full = locate(t // members)
-        for copy in copies(tile, t % members, t % 2):
-            copy.wait()
-        visit(t % 2, t % members, first, full)
+        @pl.when(t + 1 < walk.total * members)
+        def begin_next():
+            for copy in of(t + 1):
+                copy.start()
 
-    pl.when(total > 0)(lambda: begin(jnp.int32(0)))
-    lax.fori_loop(jnp.int32(0), total * members, step, None)
+        for copy in of(t):
+            copy.wait()
+        visit(t % 2, t % members, *walk.locate(t // members)[1:])
+
+    @pl.when(walk.total > 0)
+    def begin():
+        for copy in of(jnp.int32(0)):
+            copy.start()
+
+    lax.fori_loop(jnp.int32(0), walk.total * members, step, None)
