@@ -34,7 +34,7 @@ EXTRAS = {
     "tokenizers": ["tokenizers", "sentencepiece"],
     "tensorboard": ["tensorboardX"],
     "test": [
-        "libtpu",  # every kernel is compiled for every TPU
+        'libtpu; sys_platform == "linux" and platform_machine == "x86_64"',  # every kernel is compiled for every TPU
         "pytest",
         "pytest-xdist",
         "hypothesis",

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -9,18 +10,18 @@ from collections.abc import Callable
 from lcx.registry import UserError, unknown
 
 REHEARSAL_DEVICES = 8
-# What Linux shows of a TPU, an NVIDIA or an AMD GPU.
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")  # what Linux shows of a TPU
 
 
 def prepare_platform() -> None:
     """Gives a host without accelerators virtual devices, before anything asks for the first one.
 
     `JAX_NUM_CPU_DEVICES` states another number. Virtual devices share the host's cores and can be late to a collective
-    by minutes, so the rendezvous is told to wait. Where no accelerator is to be seen JAX is not sent to look for one: with
-    libtpu installed, to compile for TPUs, that takes long and ends in messages about a broken TPU.
+    by minutes, so the rendezvous is told to wait. With libtpu installed to compile for TPUs, and no TPU to be seen, JAX is not
+    sent to look for one: that takes long and ends in messages about a broken TPU.
     """
-    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in ACCELERATORS):
+    only_libtpu = importlib.util.find_spec("libtpu") is not None and importlib.util.find_spec("jax_plugins") is None
+    if only_libtpu and not any(glob.glob(pattern) for pattern in TPU_DEVICES):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     count = os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
     if not count.isdecimal() or not int(count):

@@ -23,6 +23,7 @@ LOG2E = math.log2(math.e)
 # Units of log2. Both are finite, so that differences are; a hidden score is far enough below the maximum of a row that has
 # seen nothing for exp2 to give 0.
 HIDDEN, FLOOR = -1e25, -1e20
+NO_DOCUMENT = -(2**31)  # of a padding query, and no key's
 
 
 class Pair(NamedTuple):
@@ -114,7 +115,7 @@ def _visible(mask: Mask, near: jax.Array, far: jax.Array, pair: Pair, q_dim: int
         terms.append(near >= -far)
     if pair.documents_q is not None:
         documents_q = load(pair.documents_q, q_dim)
-        documents_q = along(jnp.where(documents_q == 0, -1, documents_q), q_dim, near.shape)
+        documents_q = along(jnp.where(documents_q == 0, NO_DOCUMENT, documents_q), q_dim, near.shape)
         terms.append(documents_q == read(pair.documents_k, 1 - q_dim))
     return both(terms)
 

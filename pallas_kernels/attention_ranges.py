@@ -48,7 +48,7 @@ class Pairs:
     Attributes:
       mask: static visibility.
       tiling_q, tiling_k: how the sides are cut.
-      segments: document ids and sink flags, padded to the tiling; None entries where there are none.
+      segments: document ids and sink flags; None entries where there are none.
     """
 
     mask: Mask
@@ -57,11 +57,8 @@ class Pairs:
     segments: Segments
 
     def over_keys(self) -> Ranges:
-        """For every query tile: intervals of key tiles, one a run, and with sinks as many again for the sinks in front."""
-        seen, full, sink = self._pairs()
-        if sink is not None and not self.mask.causal:  # sinks may stand behind the window too
-            seen, sink = seen | sink, None
-        return _ranges(seen, full, sink, self.tiling_k)
+        """For every query tile: intervals of key tiles, one a run, and with sinks as many again for those outside the window."""
+        return _ranges(*self._pairs(), self.tiling_k, behind=not self.mask.causal)
 
     def over_queries(self) -> Ranges:
         """For every key tile: intervals of query tiles, one a run. Those that see a sink come right after those in the window."""
@@ -106,21 +103,25 @@ def _row(bounds: TileBounds) -> TileBounds:
     return TileBounds(*(None if x is None else x.reshape(1, -1) for x in bounds))
 
 
-def _ranges(seen: jax.Array, full: jax.Array, sink: jax.Array | None, others: Tiling) -> Ranges:
-    """Intervals of the last dim's tiles, run by run, as tile numbers of the whole shard."""
+def _ranges(seen: jax.Array, full: jax.Array, sink: jax.Array | None, others: Tiling, behind: bool = False) -> Ranges:
+    """Intervals of the last dim's tiles, run by run, as tile numbers of the shard; `behind`: sinks may follow the window."""
     by_run = lambda x: x.reshape(*x.shape[:2], others.runs.count, others.per_run)
     offset = others.per_run * jnp.arange(others.runs.count, dtype=jnp.int32)
     low, high = _hull(by_run(seen))
-    full_low, full_high = _hull(by_run(full & seen))
-    found = [low, high, full_low, full_high]
+    full = by_run(full & seen)
+    full_low, full_high = _hull(full)
+    # Padding inside a document stands between tiles without: then all of them take the mask.
+    full_high = jnp.where(jnp.sum(full, axis=-1) == full_high - full_low, full_high, full_low)
+    found = [[low, high, full_low, full_high]]
     if sink is not None:
-        # Those in front of the window; where the window sees nothing of this run, all of them.
-        j = jnp.arange(others.per_run, dtype=jnp.int32)
-        in_front = by_run(sink) & ((j[None, None, None] < low[..., None]) | (low == high)[..., None])
-        sink_low, sink_high = _hull(in_front)
+        sink, j = by_run(sink), jax.lax.broadcasted_iota(jnp.int32, seen.shape[:2] + full.shape[2:], 3)
         nothing = jnp.zeros_like(low)
-        found = [jnp.concatenate(pair, axis=-1) for pair in zip([sink_low, sink_high, nothing, nothing], found, strict=True)]
-        offset = jnp.concatenate([offset, offset])
+        in_front = sink & ((j < low[..., None]) | (low == high)[..., None])
+        found.insert(0, [*_hull(in_front), nothing, nothing])
+        if behind:
+            found.append([*_hull(sink & (j >= high[..., None]) & (low != high)[..., None]), nothing, nothing])
+    offset = jnp.tile(offset, len(found))
+    found = [jnp.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)]
     return Ranges(*(x + offset[None, None] for x in found))
 
 

@@ -24,19 +24,20 @@ from pallas_kernels.mosaic_tpu import Operand, dot, launch, scalars
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 LANES = 128
+DEVICES = ("TPU v4", "TPU v5", "TPU v6")
 # The maximum of a row that has seen nothing: hidden scores are far enough below it for exp2 to give 0.
 FLOOR = HIDDEN / 10
 
 
-def tile_sizes(K: int, dtype: jnp.dtype) -> tuple[int, int]:
+def tile_sizes(dtype: jnp.dtype) -> tuple[int, int]:
     """Tokens in a tile of queries and of keys. An fp32 product is six bf16 ones, so that a quarter of a tile is work enough."""
     return (512, 512) if dtype == jnp.bfloat16 else (256, 256)
 
 
 def refuse(spec, shapes, dtypes, device_kind):
     """TPUs only; orders as `Runs`; head widths that fill the matrix unit's rows."""
-    if not device_kind.startswith("TPU") and not interpret.mode():
-        return f"it is for TPUs and this is {device_kind}"
+    if not device_kind.startswith(DEVICES) and not interpret.mode():
+        return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
     for name in ("order_q", "order_k"):
         if name in shapes:
             return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
@@ -58,7 +59,7 @@ class Problem:
         self.spec = spec
         self.B, _, self.H, self.K = q_BSHK.shape
         self.G = k_BTGK.shape[2]
-        size_q, size_k = tile_sizes(self.K, q_BSHK.dtype)
+        size_q, size_k = tile_sizes(q_BSHK.dtype)
         self.q_tiles, self.k_tiles = Tiling.of(order_q, size_q, LANES), Tiling.of(order_k, size_k, LANES)
         seg_q, seg_k, sink = segments
         if seg_q is None and self.k_tiles.padded:  # keys that pad a tile are hidden as padding tokens are

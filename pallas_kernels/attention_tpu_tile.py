@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_tpu import dot, to_sublanes
 
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite, so that differences are
+NO_DOCUMENT = -(2**31)  # of a padding query, and no key's
 
 
 class Tile(NamedTuple):
@@ -76,7 +77,7 @@ def _visible(mask: Mask, distance, tile: Tile) -> jax.Array | None:
     if mask.causal:
         terms.append(distance >= 0)
     if tile.documents_q_1b is not None:
-        documents_q = jnp.where(tile.documents_q_1b == 0, -1, tile.documents_q_1b)
+        documents_q = jnp.where(tile.documents_q_1b == 0, NO_DOCUMENT, tile.documents_q_1b)
         terms.append(documents_q == to_sublanes(tile.documents_k_1c))
     return both(terms) if terms else None
 

@@ -29,7 +29,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 def small_tiles(monkeypatch):
     """Several tiles a side at the sizes of these tests; what only a chip asks of a kernel is for its own tests."""
     monkeypatch.setattr(attention_chunked, "TILE", 16)
-    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda K, dtype: (16, 16))
+    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda dtype: (16, 16))
     monkeypatch.setattr(attention_tpu, "LANES", 8)
     monkeypatch.setattr(attention_tpu, "HEAD_WIDTHS", (4, 5, 8, 128))
     with interpret.interpreted():
@@ -219,12 +219,23 @@ def test_equals_the_oracle(name, implementation):
             compare(run(broken(inputs, case.breaks)), expected_of(case))
 
 
-def test_rows_without_keys_are_zero():
+@pytest.mark.parametrize("implementation", ["chunked", "mosaic_tpu"])
+def test_rows_without_keys_are_zero(implementation):
     case = CASES["no_key_at_all"]
-    results = compiled(case, "chunked")(inputs_of(case)[0])
+    results = compiled(case, implementation)(inputs_of(case)[0])
     assert np.all(np.asarray(results["lse"]) == -np.inf)
     for name in ("o", "dq", "dk", "dv"):
         assert not np.any(np.asarray(results[name])), name
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "mosaic_tpu"])
+def test_padding_in_the_middle_of_a_document(implementation):
+    """Tiles without padding, a tile of nothing else, and tiles without again: the last see the first, and not the one between."""
+    case = Case(sizes=(1, 64, 64, 2, 1, 8), documents_q=((64,),), documents_k=((64,),))
+    inputs, do, dlse = inputs_of(case)
+    ids = np.where((np.arange(64) >= 20) & (np.arange(64) < 41), 0, 1).astype(np.int32)[None]
+    inputs = inputs | dict(segments_q=ids, segments_k=ids)
+    compare(prepared(case, implementation)(inputs), expected_from(case, inputs, do, dlse))
 
 
 STATIC = (
@@ -246,9 +257,10 @@ def rows_of_documents(draw, length):
     return np.stack(rows).astype(np.int32)
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "mosaic_tpu"])
 @settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_any_order_and_documents(data):
+def test_any_order_and_documents(implementation, data):
     case = data.draw(st.sampled_from(STATIC))
     _, S, T, *_ = case.sizes
     starts = lambda side: np.array([data.draw(st.integers(0, 60)) for _ in side], np.int32)
@@ -257,7 +269,8 @@ def test_any_order_and_documents(data):
     flags = np.array([[data.draw(st.booleans()) for _ in range(T)]] * 2) if case.mask.sink_tokens else None
     base, do, dlse = inputs_of(dataclasses.replace(case, documents_q=None))
     inputs = base | order | documents | ({} if flags is None else dict(sink_BT=flags))
-    compare(prepared(dataclasses.replace(case, documents_q=None), "chunked")(inputs), expected_from(case, inputs, do, dlse))
+    run = prepared(dataclasses.replace(case, documents_q=None), implementation)
+    compare(run(inputs), expected_from(case, inputs, do, dlse))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -370,14 +383,15 @@ def test_a_remat_policy_can_save_the_result():
     assert saved == loops(policies.everything_saveable) < loops(policies.nothing_saveable)
 
 
-def test_deterministic_and_the_same_with_and_without_gradient():
+@pytest.mark.parametrize("implementation", ["chunked", "mosaic_tpu"])
+def test_deterministic_and_the_same_with_and_without_gradient(implementation):
     case = CASES["sink_tokens"]
     inputs = inputs_of(case)[0]
-    run = compiled(case, "chunked")
+    run = compiled(case, implementation)
     first, second = run(inputs), run(inputs)
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
-    o, lse = jax.jit(lambda x: lcx_attention(case, "chunked", x), compiler_options=QUICK)(inputs)
+    o, lse = jax.jit(lambda x: lcx_attention(case, implementation, x), compiler_options=QUICK)(inputs)
     assert rms_ratio(o, first["o"]) < 1e-7
 
 

@@ -56,6 +56,8 @@ def test_what_runs_under_a_kernel():
     assert found == {(permute, True, 0, 1), (permute, False, 0, 1), ("all-gather", True, 1, 1), (permute, True, 1, 7)}
     assert overlapped(PROGRAM) == 7 / 9
     assert overlapped(PROGRAM, "all-gather") == 1.0
+    with pytest.raises(ValueError, match="no all-to-all"):
+        overlapped(PROGRAM, "all-to-all")
 
 
 def test_a_program_that_is_not_scheduled_is_refused():

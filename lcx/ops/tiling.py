@@ -1,4 +1,4 @@
-"""A shard's tokens cut into tiles, and which pairs of tiles a mask leaves something to do.
+"""A shard's tokens cut into tiles.
 
 A tile lies within one run, so its order is an interval and its visibility from another tile a comparison of four integers (and
 of document ids), whatever device the start of the run stands for.

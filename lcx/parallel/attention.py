@@ -100,8 +100,8 @@ def context_attention(
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
-    fits = lambda n: module.refuse(plan.with_heads(plan.q_heads // n, plan.kv_heads // n)) is None
-    passes = head_passes(mask, length // shards, plan.q_heads, plan.kv_heads, fits)
+    plan = module.settled(plan)
+    passes = head_passes(mask, length // shards, plan.q_heads, plan.kv_heads, functools.partial(_fits, module, plan))
     plan = plan.with_heads(plan.q_heads // passes, plan.kv_heads // passes)
     call = Call(module.forward, module.backward, plan, mesh, passes)
     o_BSHK, lse_BHS = attend(call, q_BSHK, k_BTGK, v_BTGK, slopes_H, tokens_BS)
@@ -205,6 +205,12 @@ def _strategy(name: str, plan: Plan) -> ModuleType:
         ]
         raise UserError(f"context_attention: strategy={name!r} cannot run: {reason}; strategies that can: {', '.join(others)}")
     return module if plan.shards > 1 else load(STRATEGIES, "ring", field="strategy")
+
+
+def _fits(module: ModuleType, plan: Plan, passes: int) -> bool:
+    """Whether a strategy serves an equal part of the heads, and as well: keys of fewer heads than devices would travel again."""
+    part = plan.with_heads(plan.q_heads // passes, plan.kv_heads // passes)
+    return module.refuse(part) is None and part.key_copies == plan.key_copies
 
 
 def _require(holds: bool, message: str, op: str = "context_attention") -> None:

@@ -1,7 +1,8 @@
 """Attention over a mesh a few heads at a time, so that what travels and is summed in fp32 takes little memory.
 
-Heads do not know of each other, so nothing is computed twice and the same bytes travel in smaller messages. What is in flight
-(keys and values twice, their fp32 gradients up to three times) shrinks with the number of passes; inputs and results remain.
+Heads do not know of each other, so no product is computed twice, and keys and values travel as before in smaller messages; only
+document ids go round in every pass. What is in flight (keys and values twice, their fp32 gradients several times) and results
+in fp32, on one device too, shrink with the number of passes; inputs and results in their own type remain.
 Source for the idea, with Ulysses: Untied Ulysses (UPipe), 2026.
 """
 
@@ -25,7 +26,7 @@ def head_passes(mask: Mask, tokens: int, q_heads: int, kv_heads: int, fits: Call
       mask: a window limits the pairs of a hop.
       tokens: of one device.
       q_heads, kv_heads: that one tensor shard holds.
-      fits: whether the strategy serves kv_heads / n key/value heads, for a divisor n.
+      fits: whether the strategy serves a part of the heads as well, by the number of passes.
     """
     seen = tokens if mask.left is None or mask.right is None else min(tokens, mask.left + mask.right + 1)
     fewest = PAIRS / (tokens * seen)  # query heads in a pass

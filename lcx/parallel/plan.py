@@ -25,7 +25,7 @@ class Plan:
       layout: order of the tokens over the devices.
       shards: devices along the sequence, P.
       length: tokens of the whole row, padding included.
-      q_heads, kv_heads: heads that one tensor shard holds.
+      q_heads, kv_heads: heads of one call: those that one tensor shard holds, or of them a pass takes.
       packed: document ids are given, and travel with the keys.
       dtype: type in which the output is kept, and may travel once it is final.
       implementation: of the attention backend.
@@ -48,6 +48,11 @@ class Plan:
     def with_heads(self, q_heads: int, kv_heads: int) -> "Plan":
         """The same with other numbers of heads."""
         return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads)
+
+    @property
+    def key_copies(self) -> int:
+        """Devices of a Ulysses group that hold the same key/value head, when there are fewer heads than devices."""
+        return max(1, (self.ulysses_degree or 1) // self.kv_heads)
 
     @property
     def has_sinks(self) -> bool:

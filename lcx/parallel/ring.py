@@ -24,6 +24,11 @@ from lcx.parallel.layouts import local_runs
 from lcx.parallel.plan import Keys, Plan, Queries, block_backward, block_forward
 
 
+def settled(plan: Plan) -> Plan:
+    """There is nothing to decide."""
+    return plan
+
+
 def refuse(plan: Plan) -> str | None:
     """Serves everything."""
     return None
@@ -92,7 +97,7 @@ def backward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, to
         own, from_legs = lax.optimization_barrier((own, from_legs))
         ways = [-sign * hops for sign, hops in route.legs]
         (dq_late, dkv_late), *home = ring.during(lambda: visit(own, 0, late), *zip(from_legs, ways, strict=True))
-        dq = dq.at[:, -late.q_BsHK.shape[1] :].add(dq_late)
+        dq = dq + jnp.pad(dq_late, [(0, 0), (tokens - dq_late.shape[1], 0), (0, 0), (0, 0)])
         dkv = jax.tree.map(lambda *parts: sum(parts), dkv, dkv_late, *home)
     else:
         dq, dkv = visit(own, 0)

@@ -9,20 +9,21 @@ from lcx.parallel import ulysses_ring
 from lcx.parallel.plan import Plan
 
 
-def _one_group(plan: Plan) -> Plan:
+def settled(plan: Plan) -> Plan:
+    """All devices are one group."""
     return dataclasses.replace(plan, ulysses_degree=plan.shards)
 
 
 def refuse(plan: Plan) -> str | None:
     """Refuses head counts that the devices cannot split."""
-    return ulysses_ring.refuse(_one_group(plan))
+    return ulysses_ring.refuse(settled(plan))
 
 
 def forward(plan: Plan, *arrays):
     """See `lcx.parallel`."""
-    return ulysses_ring.forward(_one_group(plan), *arrays)
+    return ulysses_ring.forward(settled(plan), *arrays)
 
 
 def backward(plan: Plan, *arrays):
     """See `lcx.parallel`."""
-    return ulysses_ring.backward(_one_group(plan), *arrays)
+    return ulysses_ring.backward(settled(plan), *arrays)

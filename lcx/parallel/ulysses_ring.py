@@ -19,6 +19,11 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def settled(plan: Plan) -> Plan:
+    """The plan with its degree decided, from all heads."""
+    return dataclasses.replace(plan, ulysses_degree=group_size(plan))
+
+
 def refuse(plan: Plan) -> str | None:
     """Refuses a `ulysses_degree` that devices or heads do not allow, and striped groups that are not the whole row."""
     degree = group_size(plan)

@@ -76,8 +76,14 @@ def transfers(text: str) -> list[Transfer]:
 
 
 def overlapped(text: str, kind: str = "collective-permute") -> float:
-    """Share of the transfers of one kind that run under a kernel, by how often they run; 1.0 where there is none."""
+    """Share of the transfers of one kind that run under a kernel, by how often they run.
+
+    Raises:
+      ValueError: there is none of that kind.
+    """
     all_of_it = [transfer for transfer in transfers(text) if transfer.kind == kind]
     total = sum(transfer.times for transfer in all_of_it)
     hidden = sum(transfer.times for transfer in all_of_it if transfer.asynchronous and transfer.kernels)
-    return hidden / total if total else 1.0
+    if not total:
+        raise ValueError(f"the program has no {kind}")
+    return hidden / total

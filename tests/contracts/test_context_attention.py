@@ -237,6 +237,25 @@ def test_equal_to_whole_a_few_heads_at_a_time(mesh_of, monkeypatch, strategy, kv
     assert set(made) == {2 if strategy == "ulysses" else kv_heads}
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_equal_to_whole_with_few_tokens_a_device(mesh_of, tokens):
+    """One token cannot be divided into the halves that hide the backward ring's first and last transfer."""
+    case = Case(length=4 * tokens, heads=(2, 1))
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), "ring", "contiguous"))
+
+
+def test_passes_do_not_change_what_ulysses_sends(mesh_of, monkeypatch):
+    """The groups are as large as all heads allow, and no key/value head goes to more devices than without passes."""
+    monkeypatch.setattr(passes, "PAIRS", 1)
+    made, real = [], passes.in_passes
+    monkeypatch.setattr(attention_over_mesh, "in_passes", lambda fn, n, *rest: made.append((n, fn.args[0])) or real(fn, n, *rest))
+    for heads, expected in (((8, 8), (1, 8)), ((16, 16), (2, 8)), ((8, 2), (1, 8))):
+        q, k = (jax.ShapeDtypeStruct((1, 64, h, 8), jnp.float32) for h in heads)
+        made.clear()
+        jax.eval_shape(functools.partial(context_attention, mesh=mesh_of(seq=8), strategy="ulysses_ring", mask=Mask()), q, k, k)
+        assert {(n, plan.ulysses_degree) for n, plan in made} == {expected}
+
+
 def test_how_many_passes():
     """One where there is little to do; with a window, more tokens make as little; never a head in two parts."""
     anything = lambda n: True
@@ -250,7 +269,7 @@ def test_how_many_passes():
 @pytest.mark.parametrize(("strategy", "devices"), [("ring", 2), pytest.param("ulysses_ring", 4, marks=pytest.mark.slow)])
 def test_equal_to_whole_with_the_tpu_kernel(mesh_of, monkeypatch, strategy, devices):
     """Interpreted: one kernel for every step of the ring, told by traced starts what it sees."""
-    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda K, dtype: (8, 8))
+    monkeypatch.setattr(attention_tpu, "tile_sizes", lambda dtype: (8, 8))
     monkeypatch.setattr(attention_tpu, "LANES", 8)
     monkeypatch.setattr(attention_tpu, "HEAD_WIDTHS", (8,))
     case = CASES["everything"]
