@@ -3,7 +3,7 @@
     python -m lcx.train --config configs/longnet_1b.py
 
 Name a corpus of that many tokens, --config.data.source=...: the default text is 1 % of one row.
-Real experiment: 1,024 chips of v5p (v5p:8x8x16, 1,048,576 tokens each), 0.20B parameters. The whole training step needs 87.9 GiB
+Real experiment: 1,024 chips of v5p (v5p:8x8x16, 1,048,576 tokens each), 0.20B parameters. The whole training step needs 89.4 GiB
 of a chip's 95.7 at its peak. Compiled, not run (libtpu 0.0.48.1, jax 0.11.2; `make test-slow` compiles it and prints the bytes).
 Rehearsal (a host without accelerators): that of `longnet_1m`, 1,048,576 tokens on 2 virtual devices.
 """
