@@ -207,15 +207,22 @@ def compile_for(target: str, K: int, dtype: str, length: int = 1024, heads: tupl
         return jax.jit(passes).lower(q, k, k, q, rows, *others).compile()
 
 
+# Every head width for one target and every target for one width; the rest of the product is for `make test-slow`.
+COMPILED = [
+    pytest.param(target, K, marks=[] if target == "v5e" or K == 128 else pytest.mark.slow)
+    for target in TARGETS
+    for K in attention_tpu.HEAD_WIDTHS
+]
+
+
 @needs_libtpu
-@pytest.mark.parametrize("K", attention_tpu.HEAD_WIDTHS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "K"), COMPILED)
 def test_compiles_for_every_tpu(target, K):
     assert "lcx_attention_dkv" in compile_for(target, K, "bfloat16").as_text()
 
 
 @needs_libtpu
-@pytest.mark.parametrize("K", [64, 128, 256])
+@pytest.mark.parametrize("K", [pytest.param(K, marks=[] if K == 128 else pytest.mark.slow) for K in attention_tpu.HEAD_WIDTHS])
 def test_compiles_in_fp32(K):
     assert "lcx_attention_dkv" in compile_for("v5e", K, "float32").as_text()
 
