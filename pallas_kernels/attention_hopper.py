@@ -19,6 +19,7 @@ from lcx.ops.tiling import Tiling
 from pallas_kernels import interpret
 from pallas_kernels.attention_hopper_tile import FLOOR, LOG2E, Problem, place, tokens_of
 from pallas_kernels.attention_ranges import Walk, first_order, walk
+from pallas_kernels.attention_support import unsuitable
 from pallas_kernels.mosaic_hopper import ROWS, Ring, add_product, along, constant, launch, load, matrices, product, stream
 
 HEAD_WIDTHS = (64, 128, 256)
@@ -58,17 +59,8 @@ def refuse(spec, shapes, dtypes, device_kind):
     """Hopper GPUs only; orders as `Runs`; head widths that fill the tiles of shared memory; 16-bit operands."""
     if not any(name in device_kind for name in DEVICES) and not interpret.mode():
         return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
-    for name in ("order_q", "order_k"):
-        if name in shapes:
-            return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and (left := set(mesh.axis_names) - set(mesh.manual_axes)):
-        return f"mesh axes {', '.join(sorted(left))} are left to the compiler here, which cannot divide a kernel"
-    K = shapes["q"][3]
-    if K not in HEAD_WIDTHS:
-        return f"head width K={K}; it takes {', '.join(map(str, HEAD_WIDTHS))}"
-    if dtypes["q"] not in (jnp.bfloat16, jnp.float16):
-        return f"dtype {jnp.dtype(dtypes['q'])}; it takes bfloat16 and float16"
+    if reason := unsuitable(shapes, dtypes, HEAD_WIDTHS, (jnp.bfloat16, jnp.float16)):
+        return reason
     for name in ("q", "k"):
         if (tokens := shapes[name][0] * shapes[name][1]) > TOKENS_LIMIT:
             return f"{name} has {tokens} tokens in all rows; their numbers are 32-bit coordinates and it takes {TOKENS_LIMIT}"

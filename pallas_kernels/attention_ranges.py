@@ -74,7 +74,7 @@ class Pairs:
         cut = (split(self.tiling_q, q_BS), split(self.tiling_k, k_BT), split(self.tiling_k, sink_BT))
 
         def of_row(row):
-            seg_q, seg_k, sink = (None if x is None else jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1) for x in cut)
+            seg_q, seg_k, sink = (None if x is None else lax.dynamic_slice_in_dim(x, row, 1, axis=1) for x in cut)
             q, k = self.tiling_q.bounds(seg_q), self.tiling_k.bounds(seg_k, sink)
             each_q = jax.vmap(lambda q, k: tile_visible(self.mask, q, k), in_axes=(0, None))
             seen = each_q(q, k._replace(sink=None))
@@ -114,7 +114,7 @@ def _ranges(seen: jax.Array, full: jax.Array, sink: jax.Array | None, others: Ti
     full_high = jnp.where(jnp.sum(full, axis=-1) == full_high - full_low, full_high, full_low)
     found = [[low, high, full_low, full_high]]
     if sink is not None:
-        sink, j = by_run(sink), jax.lax.broadcasted_iota(jnp.int32, seen.shape[:2] + full.shape[2:], 3)
+        sink, j = by_run(sink), lax.broadcasted_iota(jnp.int32, seen.shape[:2] + full.shape[2:], 3)
         nothing = jnp.zeros_like(low)
         in_front = sink & ((j < low[..., None]) | (low == high)[..., None])
         found.insert(0, [*_hull(in_front), nothing, nothing])
@@ -128,7 +128,7 @@ def _ranges(seen: jax.Array, full: jax.Array, sink: jax.Array | None, others: Ti
 def _hull(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The interval [low, high) that holds every True of the last dim; low = high = 0 where there is none."""
     n = seen.shape[-1]
-    j = jax.lax.broadcasted_iota(jnp.int32, seen.shape, seen.ndim - 1)
+    j = lax.broadcasted_iota(jnp.int32, seen.shape, seen.ndim - 1)
     high = jnp.max(jnp.where(seen, j + 1, 0), axis=-1)
     return jnp.minimum(jnp.min(jnp.where(seen, j, n), axis=-1), high), high
 

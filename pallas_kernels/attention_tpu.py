@@ -19,6 +19,7 @@ from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Runs, Segments
 from pallas_kernels import interpret
 from pallas_kernels.attention_ranges import Pairs, Ranges, Walk, first_order, walk
+from pallas_kernels.attention_support import unsuitable
 from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, over_tiles, scores
 from pallas_kernels.mosaic_tpu import Operand, dot, launch, scalars
 
@@ -38,18 +39,7 @@ def refuse(spec, shapes, dtypes, device_kind):
     """TPUs only; orders as `Runs`; head widths that fill the matrix unit's rows."""
     if not device_kind.startswith(DEVICES) and not interpret.mode():
         return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
-    for name in ("order_q", "order_k"):
-        if name in shapes:
-            return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and (left := set(mesh.axis_names) - set(mesh.manual_axes)):
-        return f"mesh axes {', '.join(sorted(left))} are left to the compiler here, which cannot divide a kernel"
-    K = shapes["q"][3]
-    if K not in HEAD_WIDTHS:
-        return f"head width K={K}; it takes {', '.join(map(str, HEAD_WIDTHS))}"
-    if dtypes["q"] not in (jnp.bfloat16, jnp.float32):
-        return f"dtype {jnp.dtype(dtypes['q'])}; it takes bfloat16 and float32"
-    return None
+    return unsuitable(shapes, dtypes, HEAD_WIDTHS, (jnp.bfloat16, jnp.float32))
 
 
 class Problem:
