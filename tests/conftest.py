@@ -32,3 +32,13 @@ def mesh_of():
     from lcx.mesh import make_mesh
 
     return make_mesh
+
+
+@pytest.fixture
+def uncached():
+    """Programs for devices that are not here are not kept: they can be written to the cache, and not be read from it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
