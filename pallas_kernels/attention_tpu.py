@@ -146,7 +146,7 @@ def backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, order
     rows = dict(do=p.heads_first(do_BSHK.astype(v_BTGK.dtype), p.q_tiles), lse=lse, delta=p.rows(delta_BHS, 0.0))
     dq = _query_gradient(p, rows)
     dk, dv = _key_gradients(p, rows)
-    return p.tokens_first(dq, p.q_tiles) * spec.scale, p.tokens_first(dk, p.k_tiles) * spec.scale, p.tokens_first(dv, p.k_tiles)
+    return p.tokens_first(dq, p.q_tiles), p.tokens_first(dk, p.k_tiles), p.tokens_first(dv, p.k_tiles)
 
 
 def _weights_and_gradient(p: Problem, q_bK, k_cK, v_cK, do_bK, lse_1b, delta_1b, tile, masked) -> tuple[jax.Array, jax.Array]:
@@ -169,7 +169,7 @@ def _query_gradient(p: Problem, rows: dict[str, jax.Array]) -> jax.Array:
             refs.sum_dq[...] += dot(k_cK, ds_cb.astype(k_cK.dtype), 0, 0)
 
         _over_keys(p, refs, step)
-        refs.dq[...] = refs.sum_dq[...].T
+        refs.dq[...] = refs.sum_dq[...].T * p.spec.scale
 
     found = launch(
         kernel,
@@ -217,6 +217,7 @@ def _key_gradients(p: Problem, rows: dict[str, jax.Array]) -> tuple[jax.Array, j
             either(full, compute)
 
         over_tiles(_walk(refs.ranges, refs.starts_q, p.q_tiles), copies, visit, members=members)
+        refs.dk[...] *= p.spec.scale
 
     found = launch(
         kernel,

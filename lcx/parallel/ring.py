@@ -38,7 +38,7 @@ def forward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H, *, stride: 
     """See `lcx.parallel`. `stride`: how many devices stand on one place of the ring; `plan.shards` counts places."""
     route = Route.of(plan, stride)
     queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H)
-    own = Keys(k_BtGK, v_BtGK, tokens_Bs)
+    own = _together(Keys(k_BtGK, v_BtGK, tokens_Bs))
     visit = lambda partial, keys, distance: block_forward(route.plan, queries, keys, route.order(distance), partial)
 
     partial = None
@@ -57,6 +57,13 @@ def forward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H, *, stride: 
         partial, keys = _travel(route.ring, visit, (partial, keys), distance, sign, hops)
         distance += sign * hops
     return visit(partial, keys, distance)
+
+
+def _together(keys: Keys) -> Keys:
+    """The same. Document ids are alike for all heads: by themselves their first transfer would be moved in front of the loop over
+    heads (`passes`), where nothing is computed meanwhile.
+    """
+    return lax.optimization_barrier(keys)
 
 
 def _travel(ring: Ring, visit: Callable, state: tuple, distance: int, sign: int, hops: int) -> tuple:
@@ -78,7 +85,7 @@ def backward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, to
     route = Route.of(plan, stride)
     ring = route.ring
     queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H, do_BsHK, lse_BHs, delta_BHs)
-    own = Keys(k_BtGK, v_BtGK, tokens_Bs)
+    own = _together(Keys(k_BtGK, v_BtGK, tokens_Bs))
     visit = lambda keys, distance, some=queries: block_backward(route.plan, some, keys, route.order(distance))
 
     if route.legs:
