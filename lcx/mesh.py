@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from lcx.placement import ring_order
 from lcx.registry import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -64,7 +65,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devic
 
     Args:
       data, fsdp, seq, tensor: axis sizes; one of them may be -1.
-      devices: devices in ring order along `seq`; None takes the first ones of `jax.devices()`.
+      devices: which to use; None takes the first ones of `jax.devices()`. They are put in order by `lcx.placement`.
 
     Raises:
       UserError: the sizes do not fit the devices.
@@ -77,7 +78,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devic
             raise UserError(f"mesh {sizes} needs {wanted} devices and there are {len(available)}")
         devices = available[:wanted]
     sizes = resolve_sizes(sizes, len(devices))
-    grid = np.asarray(devices, dtype=object).reshape([sizes[axis] for axis in AXES])
+    grid = np.asarray(ring_order(devices, sizes["seq"], sizes["tensor"]), dtype=object).reshape([sizes[axis] for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -22,6 +22,7 @@ LEVELS = {
     "lcx.dims": 0,
     "lcx": 0,  # the package itself is empty
     "pallas_kernels": 0,
+    "lcx.placement": 1,
     "lcx.mesh": 1,
     "lcx.command": 1,
     "lcx.folders": 1,

@@ -10,7 +10,7 @@ import pytest
 from lcx import experiment
 from lcx.mesh import make_mesh
 from lcx.planning.memory import compiled_bytes
-from lcx.planning.topologies import closed_walk, topology_mesh
+from lcx.planning.topologies import topology_mesh
 from lcx.planning.training import compile_for, train_step_memory
 from lcx.registry import UserError
 from lcx.train_loop.loop import Run
@@ -36,27 +36,6 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"target='v5e-256' needs libtpu.*pip install 'lcx\[plan\]'"):
         topology_mesh("v5e-256", seq=-1)
-
-
-class Chip:
-    """A device that knows where it is."""
-
-    def __init__(self, *coords):
-        self.coords = coords
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16)])
-def test_a_ring_over_a_slice_goes_from_neighbour_to_neighbour_and_closes(shape):
-    chips = [Chip(x, y, 0) for y in range(shape[1]) for x in range(shape[0])]
-    walk = closed_walk(chips)
-    assert {chip.coords for chip in walk} == {chip.coords for chip in chips} and len(walk) == len(chips)
-    for here, there in zip(walk, [*walk[1:], walk[0]]):
-        assert sum(abs(a - b) for a, b in zip(here.coords, there.coords)) == 1
-
-
-def test_other_slices_stay_in_order():
-    for chips in ([Chip(0, 0, 0)], [Chip(x, 0, z) for z in range(2) for x in range(2)]):
-        assert closed_walk(chips) == chips
 
 
 def test_an_experiment_can_be_planned_for_more_devices_than_there_are():

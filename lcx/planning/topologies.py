@@ -4,7 +4,6 @@ import importlib.util
 import os
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -54,18 +53,4 @@ def topology_mesh(target: str, data: int = 1, fsdp: int = 1, seq: int = 1, tenso
         os.environ.setdefault(name, value)
     shape = PRODUCTS.get(target, target)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=shape, **SHAPES[shape]).devices
-    return make_mesh(data, fsdp, seq, tensor, devices=closed_walk(devices))
-
-
-def closed_walk(devices: list[jax.Device]) -> list[jax.Device]:
-    """The devices of a two-dimensional slice so that each is a neighbour of the next and the last of the first.
-
-    One edge out, and back in a snake through all other columns. In any other order a ring over a v5e slice without wrap
-    compiles to transfers that nothing overlaps. Slices of three dimensions stay in the order of their ids.
-    """
-    at = {tuple(device.coords): device for device in devices}
-    X, Y, Z = (1 + max(place[dim] for place in at) for dim in range(3))
-    if Z > 1 or X % 2 or Y < 2:
-        return list(devices)
-    back = [(x, y) for x in reversed(range(X)) for y in (range(1, Y) if x % 2 else range(Y - 1, 0, -1))]
-    return [at[x, y, 0] for x, y in [(x, 0) for x in range(X)] + back]
+    return make_mesh(data, fsdp, seq, tensor, devices=devices)
