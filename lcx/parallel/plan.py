@@ -72,6 +72,10 @@ class Keys(NamedTuple):
     v_BtGK: jax.Array
     tokens_Bt: jax.Array | None
 
+    def heads(self, part: int, parts: int) -> "Keys":
+        """An equal part of the heads."""
+        return Keys(_part(self.k_BtGK, 2, part, parts), _part(self.v_BtGK, 2, part, parts), self.tokens_Bt)
+
 
 class Queries(NamedTuple):
     """The queries of one device, with what the backward pass knows about each.
@@ -102,6 +106,19 @@ class Queries(NamedTuple):
             return self._replace(order=order, **{name: cut(getattr(self, name), dim) for name, dim in by_token.items()})
 
         return part(early, 0), part(late, early.size)
+
+    def heads(self, part: int, parts: int) -> "Queries":
+        """An equal part of the heads."""
+        by_head = dict(q_BsHK=2, slopes_H=0, do_BsHK=2, lse_BHs=1, delta_BHs=1)
+        return self._replace(**{name: _part(getattr(self, name), dim, part, parts) for name, dim in by_head.items()})
+
+
+def _part(x: jax.Array | None, dim: int, part: int, parts: int) -> jax.Array | None:
+    """One of equal parts along a dim."""
+    if x is None:
+        return None
+    size = x.shape[dim] // parts
+    return lax.slice_in_dim(x, part * size, (part + 1) * size, axis=dim)
 
 
 def pack_tokens(segments: jax.Array, sink: jax.Array | None) -> jax.Array:

@@ -2,26 +2,28 @@
 
 Each device starts with its own block of keys and hands it on, P - 1 times at most; partial results merge in fp32. The
 backward pass is a second ring under the global logsumexp: keys and values go round once more, and the gradient of a block
-follows one hop behind it, so that its transfer too hides behind a computation. With a window only the blocks that some
-query sees come by. The program's size does not depend on P.
+follows one hop behind it, so that its transfer too hides behind a computation; where queries are fewer bytes, they go round
+instead and keys stay. With a window only the blocks that some query sees come by. What travels and which way is decided in
+`route`. The program's size does not depend on P.
 
 Sources: Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889); Brandon et al., "Striped
-Attention" (arXiv 2311.09431). The local gradient that is added last and the two-way legs for windows are ours.
+Attention" (arXiv 2311.09431). The local gradient that is added last, the two-way legs for windows, and half of the heads each
+way round are ours.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.types import Runs
 from lcx.parallel import sinks
-from lcx.parallel.hops import Leg, Ring, needed_distances, shortest_legs
-from lcx.parallel.layouts import local_runs
+from lcx.parallel.hops import Ring
 from lcx.parallel.plan import Keys, Plan, Queries, block_backward, block_forward
+from lcx.parallel.route import Route, Stream, moves, queries_travel, together
 
 
 def settled(plan: Plan) -> Plan:
@@ -37,142 +39,198 @@ def refuse(plan: Plan) -> str | None:
 def forward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, tokens_Bs, slopes_H, *, stride: int = 1):
     """See `lcx.parallel`. `stride`: how many devices stand on one place of the ring; `plan.shards` counts places."""
     route = Route.of(plan, stride)
-    queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H)
-    own = _together(Keys(k_BtGK, v_BtGK, tokens_Bs))
-    visit = lambda partial, keys, distance: block_forward(route.plan, queries, keys, route.order(distance), partial)
+    streams = route.streams(Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H), Keys(k_BtGK, v_BtGK, tokens_Bs))
+    found = _forward(route, streams, plan.spec.mask.sink_tokens)
+    return together([o for o, _ in found], 2), together([lse for _, lse in found], 1)
 
-    partial = None
+
+def _forward(route: Route, streams: list[Stream], sink_tokens: int) -> list[tuple[jax.Array, jax.Array]]:
+    def visit(partials, blocks, distance):
+        order = lambda stream: route.order(stream.way * distance)
+        each = zip(streams, blocks, partials, strict=True)
+        return [block_forward(route.plan, one.queries, block, order(one), partial) for one, block, partial in each]
+
+    partials: list = [None] * len(streams)
     if route.sinks is not None:
-        keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, route.ring)
-        partial = block_forward(route.sinks, queries, keys, order)
-    if route.legs and partial is None:
-        B, s, H, _ = q_BsHK.shape
-        partial = jnp.zeros(q_BsHK.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)
+        fetched = [sinks.fetch(one.own, sink_tokens, route.ring) for one in streams]
+        partials = [block_forward(route.sinks, one.queries, *sink) for one, sink in zip(streams, fetched, strict=True)]
+    elif route.legs:
+        partials = [_nothing_seen(one.queries.q_BsHK) for one in streams]
 
-    keys, distance = own, 0
+    own = [one.own for one in streams]
+    blocks, distance = own, 0
     for number, (sign, hops) in enumerate(route.legs):
         if number:  # this leg sets out while the last block of the one before is computed
-            partial, keys = route.ring.during(functools.partial(visit, partial, keys, distance), (own, sign))
+            last = functools.partial(visit, partials, blocks, distance)
+            partials, *blocks = route.ring.during(last, *moves(streams, own, sign))
             distance, hops = sign, hops - 1
-        partial, keys = _travel(route.ring, visit, (partial, keys), distance, sign, hops)
+        partials, blocks = _travel(route.ring, streams, visit, (partials, blocks), distance, sign, hops)
         distance += sign * hops
-    return visit(partial, keys, distance)
+    return visit(partials, blocks, distance)
 
 
-def _together(keys: Keys) -> Keys:
-    """The same. Document ids are alike for all heads: by themselves their first transfer would be moved in front of the loop over
-    heads (`passes`), where nothing is computed meanwhile.
-    """
-    return lax.optimization_barrier(keys)
+def _nothing_seen(q_BsHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The partial over no key."""
+    B, s, H, _ = q_BsHK.shape
+    return jnp.zeros(q_BsHK.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)
 
 
-def _travel(ring: Ring, visit: Callable, state: tuple, distance: int, sign: int, hops: int) -> tuple:
+def _travel(ring: Ring, streams: list[Stream], visit: Callable, state: tuple, distance: int, sign: int, hops: int) -> tuple:
     """Computes `hops` blocks, the first at `distance`, while each is handed on; returns the next block uncomputed."""
 
     def step(t, state):
-        partial, keys = state
-        return tuple(ring.during(lambda: visit(partial, keys, distance + sign * t), (keys, sign)))
+        partials, blocks = state
+        partials, *blocks = ring.during(lambda: visit(partials, blocks, distance + sign * t), *moves(streams, blocks, sign))
+        return partials, blocks
 
     return lax.fori_loop(0, hops, step, state) if hops else state
 
 
 def backward(plan: Plan, q_BsHK, k_BtGK, v_BtGK, do_BsHK, lse_BHs, delta_BHs, tokens_Bs, slopes_H, *, stride: int = 1):
-    """See `lcx.parallel`, and `forward`.
+    """See `lcx.parallel`, and `forward`."""
+    route = Route.of(plan, stride)
+    queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H, do_BsHK, lse_BHs, delta_BHs)
+    own = Keys(k_BtGK, v_BtGK, tokens_Bs)
+    if route.legs:
+        found = _backward(route, route.streams(queries, own))
+        dq, dk, dv = (together(parts, 2) for parts in zip(*((dq, *dkv) for dq, dkv in found), strict=True))
+    else:
+        dq, (dk, dv) = block_backward(route.plan, queries, own, route.order(0))
+    dkv = dk, dv
+    if route.sinks is not None:
+        keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, route.ring)
+        dq_sinks, dkv_sinks = block_backward(route.sinks, queries, keys, order)
+        dq, dkv = dq + dq_sinks, sinks.give_back(dkv_sinks, dkv, route.ring)
+    return dq, *dkv
+
+
+# (of the queries, of keys and values), fp32.
+Gradients = tuple[jax.Array, tuple[jax.Array, jax.Array]]
+
+
+class KeysTravel:
+    """Backward: keys and values go round with their gradients, queries stay."""
+
+    way, stays, travels = 1, 0, 1  # and which of the `Gradients`
+
+    def __init__(self, route: Route, streams: list[Stream]):
+        self.route, self.streams = route, streams
+        self.home = [one.own for one in streams]
+
+    def visit(self, blocks: Sequence[Any], distance: int | jax.Array) -> list[Gradients]:
+        """What the blocks that started `distance` places behind contribute, by stream."""
+        each = zip(self.streams, blocks, strict=True)
+        return [block_backward(self.route.plan, one.queries, block, self.route.order(one.way * distance)) for one, block in each]
+
+
+class QueriesTravel:
+    """Backward: queries go round with what is known of them and their gradient, keys and values stay."""
+
+    way, stays, travels = -1, 1, 0
+
+    def __init__(self, route: Route, streams: list[Stream]):
+        self.route, self.streams = route, streams
+        self.home = [one.queries._replace(order=None, slopes_H=None) for one in streams]
+
+    def visit(self, blocks: Sequence[Any], distance: int | jax.Array) -> list[Gradients]:
+        """See `KeysTravel.visit`."""
+        plan, found = self.route.plan, []
+        for one, block in zip(self.streams, blocks, strict=True):
+            queries = block._replace(order=self.route.order(one.way * distance), slopes_H=one.queries.slopes_H)
+            found.append(block_backward(plan, queries, one.own, self.route.order(0)))
+        return found
+
+
+def _backward(route: Route, streams: list[Stream]) -> list[Gradients]:
+    """By stream.
 
     The first transfer and the last, of gradients that come home, have only the own block to hide behind: half of the queries
     each.
     """
-    route = Route.of(plan, stride)
     ring = route.ring
-    queries = Queries(q_BsHK, route.order(0), tokens_Bs, slopes_H, do_BsHK, lse_BHs, delta_BHs)
-    own = _together(Keys(k_BtGK, v_BtGK, tokens_Bs))
-    visit = lambda keys, distance, some=queries: block_backward(route.plan, some, keys, route.order(distance))
-
-    if route.legs:
-        first_way, late, from_legs = route.legs[0][0], queries, []
-        if (tokens := q_BsHK.shape[1]) == 1:
-            dq, dkv, keys = jnp.zeros(q_BsHK.shape, jnp.float32), (0.0, 0.0), ring.hop(own, first_way)
-        else:
-            early, late = queries.halves()
-            (dq, dkv), keys = ring.during(lambda: visit(own, 0, early), (own, first_way))
-            dq = jnp.pad(dq, [(0, 0), (0, tokens - dq.shape[1]), (0, 0), (0, 0)])
-        for number, (sign, hops) in enumerate(route.legs):
-            next_leg = [(own, following) for following, _ in route.legs[number + 1 :]]
-            dq, dkv_leg, keys = _travel_back(ring, visit, dq, keys, sign, hops, next_leg)
-            from_legs.append(dkv_leg)
-        # Not before the legs are done: the compiler would hide another transfer behind it.
-        own, from_legs = lax.optimization_barrier((own, from_legs))
-        ways = [-sign * hops for sign, hops in route.legs]
-        (dq_late, dkv_late), *home = ring.during(lambda: visit(own, 0, late), *zip(from_legs, ways, strict=True))
-        dq = dq + jnp.pad(dq_late, [(0, 0), (tokens - dq_late.shape[1], 0), (0, 0), (0, 0)])
-        dkv = jax.tree.map(lambda *parts: sum(parts), dkv, dkv_late, *home)
-    else:
-        dq, dkv = visit(own, 0)
-
-    if route.sinks is not None:
-        keys, order = sinks.fetch(own, plan.spec.mask.sink_tokens, ring)
-        dq_sinks, dkv_sinks = block_backward(route.sinks, queries, keys, order)
-        dq, dkv = dq + dq_sinks, sinks.give_back(dkv_sinks, dkv, ring)
-    return dq, *dkv
+    travellers = (QueriesTravel if queries_travel(streams[0].queries, streams[0].own) else KeysTravel)(route, streams)
+    legs = [(travellers.way * sign, hops) for sign, hops in route.legs]
+    early, *blocks = ring.during(lambda: _own_blocks(route, streams, 0), *moves(streams, travellers.home, legs[0][0]))
+    stay, travelled, from_legs = _of(early, travellers.stays), _of(early, travellers.travels), []
+    for number, (sign, hops) in enumerate(legs):
+        next_leg = [move for following, _ in legs[number + 1 :] for move in moves(streams, travellers.home, following)]
+        stay, gradients, blocks = _travel_back(ring, travellers, stay, blocks, sign, hops, next_leg)
+        from_legs.append(gradients)
+    # Not before the legs are done: the compiler would hide another transfer behind it.
+    own, from_legs = lax.optimization_barrier(([one.own for one in streams], from_legs))
+    streams = [dataclasses.replace(one, own=keys) for one, keys in zip(streams, own, strict=True)]
+    way_home = [
+        move for gradients, (sign, hops) in zip(from_legs, legs, strict=True) for move in moves(streams, gradients, -sign * hops)
+    ]
+    late, *home = ring.during(lambda: _own_blocks(route, streams, 1), *way_home)
+    stay = _add(stay, _of(late, travellers.stays))
+    by_leg = [home[n : n + len(streams)] for n in range(0, len(home), len(streams))]
+    travelled = _add(travelled, _of(late, travellers.travels), *by_leg)
+    pairs = (stay, travelled) if travellers.stays == 0 else (travelled, stay)
+    return list(zip(*pairs, strict=True))
 
 
-def _travel_back(ring: Ring, visit: Callable, dq: jax.Array, keys: Keys, sign: int, hops: int, next_leg: list):
+def _of(gradients: list[Gradients], which: int) -> list:
+    """One side of the gradients of every stream."""
+    return [pair[which] for pair in gradients]
+
+
+def _add(*trees: Any) -> Any:
+    return jax.tree.map(lambda *parts: sum(parts), *trees)
+
+
+def _own_blocks(route: Route, streams: list[Stream], half: int) -> list[Gradients]:
+    """The gradients of the own blocks from one half of their queries; from all of them in the second half if there is but one."""
+    found = []
+    for one in streams:
+        tokens = one.queries.q_BsHK.shape[1]
+        if tokens == 1 and half == 0:
+            zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+            found.append((zeros(one.queries.q_BsHK), (zeros(one.own.k_BtGK), zeros(one.own.v_BtGK))))
+            continue
+        queries = one.queries if tokens == 1 else one.queries.halves()[half]
+        dq, dkv = block_backward(route.plan, queries, one.own, route.order(0))
+        rest = tokens - dq.shape[1]
+        found.append((jnp.pad(dq, [(0, 0), (rest, 0) if half else (0, rest), (0, 0), (0, 0)]), dkv))
+    return found
+
+
+def _travel_back(
+    ring: Ring, travellers: KeysTravel | QueriesTravel, stay: list, blocks: list, sign: int, hops: int, next_leg: list
+):
     """One leg of the backward ring.
 
     Args:
-      visit: (keys, distance) -> (dq, (dk, dv)) of one block.
-      dq: sum so far.
-      keys: the block at distance `sign`.
-      next_leg: the transfer that starts the next leg, to be made during the last block of this one; at most one.
+      travellers: what goes round.
+      stay: gradients, so far, of what stays.
+      blocks: at distance `sign`.
+      next_leg: the transfers that start the next leg, to be made during the last blocks of this one.
 
     Returns:
-      dq; the gradient of the block that is here at the end, summed over all places it came past; the next leg's first keys.
+      stay; the gradients of the blocks that are here at the end, summed over all places they came past; the next leg's first
+      blocks.
     """
-    if hops == 1:
-        (dq_block, dkv), *arrived = ring.during(lambda: visit(keys, sign), *next_leg)
-        return dq + dq_block, dkv, arrived[0] if arrived else None
+    streams = travellers.streams
 
-    (dq_block, dkv), keys = ring.during(lambda: visit(keys, sign), (keys, sign))
+    def visit(blocks, distance):
+        gradients = travellers.visit(blocks, distance)
+        return _of(gradients, travellers.stays), _of(gradients, travellers.travels)
+
+    if hops == 1:
+        (stay_block, travelled), *arrived = ring.during(lambda: visit(blocks, sign), *next_leg)
+        return _add(stay, stay_block), travelled, arrived
+
+    (stay_block, travelled), *blocks = ring.during(lambda: visit(blocks, sign), *moves(streams, blocks, sign))
 
     def step(t, state):
-        dq, dkv, keys = state
-        (dq_block, dkv_block), keys, dkv = ring.during(lambda: visit(keys, sign * t), (keys, sign), (dkv, sign))
-        return dq + dq_block, jax.tree.map(jnp.add, dkv, dkv_block), keys
+        stay, travelled, blocks = state
+        handed_on = *moves(streams, blocks, sign), *moves(streams, travelled, sign)
+        (stay_block, travelled_block), *arrived = ring.during(lambda: visit(blocks, sign * t), *handed_on)
+        blocks, travelled = arrived[: len(streams)], arrived[len(streams) :]
+        return _add(stay, stay_block), _add(travelled, travelled_block), blocks
 
-    state = dq + dq_block, dkv, keys
-    dq, dkv, keys = lax.fori_loop(2, hops, step, state) if hops > 2 else state
-    (dq_block, dkv_block), dkv, *arrived = ring.during(lambda: visit(keys, sign * hops), (dkv, sign), *next_leg)
-    return dq + dq_block, jax.tree.map(jnp.add, dkv, dkv_block), arrived[0] if arrived else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """Where blocks travel.
-
-    Attributes:
-      ring: the places.
-      plan: for the blocks that travel.
-      sinks: for the sink keys where every place fetches them on their own, instead of full hops; else None.
-      legs: which way and how far.
-    """
-
-    ring: Ring
-    plan: Plan
-    sinks: Plan | None
-    legs: tuple[Leg, ...]
-
-    @classmethod
-    def of(cls, plan: Plan, stride: int) -> "Route":
-        """The shortest route. With packed documents any block may hold sink keys, and all of them come by."""
-        size, ring = plan.shards, Ring(plan.shards, stride)
-        legs = tuple(shortest_legs(needed_distances(plan.spec.mask, plan.layout, plan.length, size), size))
-        if not plan.has_sinks or sum(hops for _, hops in legs) == size - 1:
-            return cls(ring, plan, None, legs)
-        if sinks.can_stand_apart(plan):
-            return cls(ring, *sinks.split(plan), legs)
-        return cls(ring, plan, None, ((1, size - 1),))
-
-    def order(self, distance: int | jax.Array) -> Runs:
-        """Where the tokens stand in the row that started `distance` places behind this one."""
-        place = (self.ring.place() - distance) % self.plan.shards
-        return local_runs(self.plan.layout, self.plan.length, self.plan.shards, place)
+    state = _add(stay, stay_block), travelled, blocks
+    stay, travelled, blocks = lax.fori_loop(2, hops, step, state) if hops > 2 else state
+    (stay_block, last), *arrived = ring.during(lambda: visit(blocks, sign * hops), *moves(streams, travelled, sign), *next_leg)
+    travelled, arrived = arrived[: len(streams)], arrived[len(streams) :]
+    return _add(stay, stay_block), _add(travelled, last), arrived

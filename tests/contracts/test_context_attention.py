@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from lcx.ops.attention import attention
 from lcx.ops.types import Mask
-from lcx.parallel import STRATEGIES, layouts, passes, ring
+from lcx.parallel import STRATEGIES, layouts, passes, ring, route
 from lcx.parallel import attention as attention_over_mesh
 from lcx.parallel.attention import context_attention
 from lcx.parallel.layouts import LAYOUTS, sequence_permutation
@@ -235,6 +235,12 @@ def test_equal_to_whole_a_few_heads_at_a_time(mesh_of, monkeypatch, strategy, kv
     monkeypatch.setattr(attention_over_mesh, "in_passes", lambda fn, n, *rest: made.append(n) or real(fn, n, *rest))
     _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "zigzag"))
     assert set(made) == {2 if strategy == "ulysses" else kv_heads}
+
+
+@pytest.mark.parametrize(("name", "devices"), [("everything", 4), ("full", 5), ("odd_length", 3)])
+def test_equal_to_whole_with_half_of_the_heads_each_way(mesh_of, monkeypatch, name, devices):
+    monkeypatch.setattr(route, "both_ways", lambda tokens: True)
+    _assert_equal_to_whole(CASES[name], Sharded(CASES[name], mesh_of(seq=devices), "ring", "zigzag"))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

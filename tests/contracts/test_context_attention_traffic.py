@@ -5,7 +5,9 @@ what XLA compiles.
 """
 
 import collections
+import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 
 from lcx.ops.types import Mask
-from lcx.parallel import hops
+from lcx.parallel import hops, route
 from lcx.parallel.attention import context_attention
 from lcx.parallel.layouts import LAYOUTS, sequence_permutation
 from lcx.sharding import activation_spec
@@ -101,6 +103,42 @@ def test_ring_makes_one_hop_less_than_there_are_devices(mesh_of, P):
     assert plain.sent_back() == +Sent({keys: 2 * hops_made, grads: 2 * hops_made})
     assert packed.sent() == +Sent({keys: 2 * hops_made, ids: hops_made})
     assert packed.sent_back() == +Sent({keys: 2 * hops_made, ids: hops_made, grads: 2 * hops_made})
+
+
+def test_queries_travel_back_where_they_are_fewer_bytes(mesh_of):
+    """With as many key/value heads as query heads: q, do, lse, delta and the fp32 dq are less than k, v and the fp32 dk, dv."""
+    wide = dict(heads=(4, 4), packed=True)
+    queries, ids = ("ppermute", "bf16[1,64,4,8]"), ("ppermute", "i32[1,64]")
+    rows, grad = ("ppermute", "f32[1,4,64]"), ("ppermute", "f32[1,64,4,8]")
+    program = Program(mesh_of(seq=4), Mask(), **wide)
+    assert program.sent() == {queries: 2 * 3, ids: 3}
+    assert program.sent_back() == {queries: 2 * 3, rows: 2 * 3, ids: 3, grad: 3}
+    # A window's blocks come from the one side, and the queries that need a block stand on the other.
+    window = Program(mesh_of(seq=8), Mask(window=(31, 0)), heads=(4, 4), layout="contiguous")
+    assert window.sent_back()["ppermute", "bf16[1,32,4,8]"] == 2
+
+
+def test_half_of_the_heads_each_way_is_as_much_in_messages_of_half_the_size(mesh_of, monkeypatch):
+    mesh, size = (
+        mesh_of(seq=8),
+        lambda sent: sum(n * math.prod(map(int, re.findall(r"\d+", x)[1:])) for (_, x), n in sent.items()),
+    )
+    one_way = Program(mesh, Mask(), heads=(4, 2))
+    monkeypatch.setattr(route, "both_ways", lambda tokens: True)
+    both = Program(mesh, Mask(), heads=(4, 2))
+    assert both.sent() == {("ppermute", "bf16[1,32,1,8]"): 2 * 2 * 7}
+    assert (size(both.sent()), size(both.sent_back())) == (size(one_way.sent()), size(one_way.sent_back()))
+    ways = re.findall(r"source_target_pairs = dense<\[\[0, (\d)\]", both.attend.lower(*both.shapes).as_text())
+    assert set(ways) == {"1", "7"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "expected"), [("tpu", 2**14, True), ("tpu", 2**14 + 1, False), ("cuda", 1, False), ("cpu", 1, False)]
+)
+def test_links_of_a_gpu_and_long_blocks_need_one_way(monkeypatch, platform, tokens, expected):
+    device = types.SimpleNamespace(device_kind="any", platform=platform)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: types.SimpleNamespace(abstract_device=device))
+    assert route.both_ways(tokens) == expected
 
 
 def test_xla_sends_what_was_traced(mesh_of):
@@ -215,6 +253,6 @@ def test_a_remat_policy_saves_the_forward_ring(mesh_of):
         step = jax.jit(jax.value_and_grad(lambda x: layer(layer(x)).sum()))
         return sum(_executed(step.trace(x).jaxpr.jaxpr).values())
 
-    # Two layers of three hops: k and v forward; k, v, dk and dv backward; k and v once more where the forward pass is replayed.
-    assert permutes(jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")) == 2 * 3 * 6
-    assert permutes(jax.checkpoint_policies.nothing_saveable) == 2 * 3 * 8
+    # Two layers of three hops: k and v forward; q, do, lse, delta and dq backward; k and v once more where forward is replayed.
+    assert permutes(jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")) == 2 * 3 * 7
+    assert permutes(jax.checkpoint_policies.nothing_saveable) == 2 * 3 * 9
