@@ -112,6 +112,21 @@ class Queries(NamedTuple):
         by_head = dict(q_BsHK=2, slopes_H=0, do_BsHK=2, lse_BHs=1, delta_BHs=1)
         return self._replace(**{name: _part(getattr(self, name), dim, part, parts) for name, dim in by_head.items()})
 
+    def packed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As it travels: q, do, and in one int32 array B n s what is known of each query, so that it takes one transfer."""
+        rows = [lax.bitcast_convert_type(x_BHs, jnp.int32) for x_BHs in (self.lse_BHs, self.delta_BHs)]
+        if self.tokens_Bs is not None:
+            rows.append(self.tokens_Bs[:, None])
+        return self.q_BsHK, self.do_BsHK, jnp.concatenate(rows, axis=1)
+
+    def unpacked(self, travelled: tuple[jax.Array, jax.Array, jax.Array], order: Runs) -> "Queries":
+        """The queries of the same heads that another device packed; they stand at `order`."""
+        q_BsHK, do_BsHK, rows_Bns = travelled
+        H = q_BsHK.shape[2]
+        lse_BHs, delta_BHs = (lax.bitcast_convert_type(rows_Bns[:, n : n + H], jnp.float32) for n in (0, H))
+        tokens_Bs = None if self.tokens_Bs is None else rows_Bns[:, 2 * H]
+        return Queries(q_BsHK, order, tokens_Bs, self.slopes_H, do_BsHK, lse_BHs, delta_BHs)
+
 
 def _part(x: jax.Array | None, dim: int, part: int, parts: int) -> jax.Array | None:
     """One of equal parts along a dim."""

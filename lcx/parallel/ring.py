@@ -130,13 +130,13 @@ class QueriesTravel:
 
     def __init__(self, route: Route, streams: list[Stream]):
         self.route, self.streams = route, streams
-        self.home = [one.queries._replace(order=None, slopes_H=None) for one in streams]
+        self.home = [one.queries.packed() for one in streams]
 
     def visit(self, blocks: Sequence[Any], distance: int | jax.Array) -> list[Gradients]:
         """See `KeysTravel.visit`."""
         plan, found = self.route.plan, []
         for one, block in zip(self.streams, blocks, strict=True):
-            queries = block._replace(order=self.route.order(one.way * distance), slopes_H=one.queries.slopes_H)
+            queries = one.queries.unpacked(block, self.route.order(one.way * distance))
             found.append(block_backward(plan, queries, one.own, self.route.order(0)))
         return found
 

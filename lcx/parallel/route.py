@@ -69,7 +69,8 @@ class Route:
         """
         # One value: document ids are alike for all heads, and by themselves their first transfer would be moved in front of the
         # loop over heads (`passes`), where nothing is computed meanwhile.
-        own = lax.optimization_barrier(own)
+        own, tokens_Bs = lax.optimization_barrier((own, queries.tokens_Bs))
+        queries = queries._replace(tokens_Bs=tokens_Bs)
         (_, s, H, _), G = queries.q_BsHK.shape, own.k_BtGK.shape[2]
         circle = self.legs == ((1, self.plan.shards - 1),) and self.plan.shards > 2
         if not circle or G % 2 or not both_ways(s * H // G):
