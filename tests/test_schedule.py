@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from lcx.ops import dispatch
 from lcx.ops.types import Mask
 from lcx.parallel.attention import context_attention
-from lcx.planning.schedule import overlapped, transfers
+from lcx.planning.schedule import bytes_sent, overlapped, transfers
 from lcx.planning.topologies import topology_mesh
 from lcx.sharding import activation_spec
 
@@ -19,7 +19,7 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
 
-PROGRAM = """HloModule f, is_scheduled=true
+PROGRAM = """HloModule f, is_scheduled=true, num_partitions=4
 
 %condition (c: (s32[], f32[4])) -> pred[] {
   %c = (s32[], f32[4]) parameter(0)
@@ -43,7 +43,9 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %add = f32[4] add(%p, %p)
   %late_done = f32[4] collective-permute-done(%late)
   %blocking = f32[4] collective-permute(%p), source_target_pairs={{0,1}}
-  %outer = (f32[4], f32[4]) all-gather-start(%p)
+  %outer = (f32[4], f32[4]) all-gather-start(%p), replica_groups={{0,1},{2,3}}
+  %sum = f32[4] all-reduce(%p), replica_groups=[1,4]<=[4]
+  %part = f32[1] reduce-scatter(%p)
   %w = (s32[], f32[4]) while(%p), condition=%condition, body=%body
   %outer_done = f32[4] all-gather-done(%outer)
   ROOT %r = f32[4] get-tuple-element(%w), index=1
@@ -54,11 +56,17 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_what_runs_under_a_kernel():
     found = {(t.kind, t.asynchronous, t.kernels, t.times) for t in transfers(PROGRAM)}
     permute = "collective-permute"
-    assert found == {(permute, True, 0, 1), (permute, False, 0, 1), ("all-gather", True, 1, 1), (permute, True, 1, 7)}
+    permutes = {(permute, True, 0, 1), (permute, False, 0, 1), (permute, True, 1, 7)}
+    assert found == permutes | {("all-gather", True, 1, 1), ("all-reduce", False, 0, 1), ("reduce-scatter", False, 0, 1)}
     assert overlapped(PROGRAM) == 7 / 9
     assert overlapped(PROGRAM, "all-gather") == 1.0
     with pytest.raises(ValueError, match="no all-to-all"):
         overlapped(PROGRAM, "all-to-all")
+
+
+def test_bytes_that_each_device_sends():
+    """A permute: the array. A gather in pairs: half of the result. A sum over four: twice three quarters. A scatter: three."""
+    assert bytes_sent(PROGRAM) == {"collective-permute": 9 * 16, "all-gather": 8, "all-reduce": 24, "reduce-scatter": 12}
 
 
 def test_a_program_that_is_not_scheduled_is_refused():

@@ -44,8 +44,13 @@ class Operation:
     @property
     def bytes(self) -> int:
         """Bytes of the result; of all of them where it is a tuple."""
-        arrays = re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", self.shape)
-        return sum(_width(dtype) * math.prod(int(size) for size in sizes.split(",") if size) for dtype, sizes in arrays)
+        return array_bytes(self.shape)
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of a shape as HLO text: of an array, or of all in a tuple."""
+    arrays = re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape)
+    return sum(_width(dtype) * math.prod(int(size) for size in sizes.split(",") if size) for dtype, sizes in arrays)
 
 
 def _width(dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Which transfers between devices run under a kernel: read from the order in which a compiled program runs its operations.
+"""What devices send each other, and which of it runs under a kernel: read from the order in which a compiled program runs.
 
 It says what the compiler ordered, not how long anything takes: a transfer that starts before a kernel and is waited for after
 it can be hidden; one that is not asynchronous, or has no kernel in between, cannot.
@@ -7,10 +7,13 @@ it can be hidden; one that is not asynchronous, or has no kernel in between, can
 import dataclasses
 import re
 
-from lcx.planning.hlo import called, reached
+from lcx.planning.hlo import array_bytes, called, reached
 
 _START = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)-start\(")
 _DONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) [\w\-]+-done\(%?([\w.\-]+)")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 KINDS = ("collective-permute", "all-to-all", "all-gather", "reduce-scatter", "all-reduce")
 # Custom calls that are kernels of Pallas (TPU, GPU) or Triton.
 KERNEL = re.compile(
@@ -28,6 +31,7 @@ class Transfer:
       asynchronous: whether the device may go on while it runs.
       kernels: how many operations that run a kernel stand between its start and where it is waited for.
       times: how often it runs; see `lcx.planning.hlo.Operation`.
+      group: devices that take part, each in a group of this size; of a permute, which each device sends to one other, 2.
     """
 
     kind: str
@@ -35,6 +39,14 @@ class Transfer:
     asynchronous: bool
     kernels: int
     times: int
+    group: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends each time: the least with which the operation can be done."""
+        others, result = self.group - 1, array_bytes(self.shape)
+        by_kind = {"collective-permute": 1, "reduce-scatter": others, "all-reduce": 2 * others / self.group}
+        return round(result * by_kind.get(self.kind, others / self.group))
 
 
 def transfers(text: str) -> list[Transfer]:
@@ -59,20 +71,44 @@ def transfers(text: str) -> list[Transfer]:
                 known[child] = any(has_kernel(inner) for inner in by_name[child])
         return any(known[child] for child in called(line))
 
+    everyone = int((_DEVICES.search(text.partition("\n")[0]) or (0, 1))[1])
     found = []
     for computation in computations:
         waiting = {}
         for number, line in enumerate(computation.lines):
             if start := _START.match(line):
-                waiting[start[1]] = start[2], number
+                waiting[start[1]] = start[2], number, _group(line, everyone)
             elif (done := _DONE.match(line)) and done[2] in waiting:
-                kind, since = waiting.pop(done[2])
+                kind, since, group = waiting.pop(done[2])
                 if kind in KINDS:
                     between = computation.lines[since + 1 : number]
-                    found.append(Transfer(kind, done[1], True, sum(map(has_kernel, between)), computation.times))
+                    found.append(Transfer(kind, done[1], True, sum(map(has_kernel, between)), computation.times, group))
             elif synchronous := re.search(rf" = (.*?) ({'|'.join(KINDS)})\(", line):
-                found.append(Transfer(synchronous[2], synchronous[1], False, 0, computation.times))
+                group = _group(line, everyone)
+                found.append(Transfer(synchronous[2], synchronous[1], False, 0, computation.times, group))
     return found
+
+
+def _group(line: str, everyone: int) -> int:
+    """Devices in a group of an operation between devices; all of them where it names none."""
+    if "source_target_pairs" in line:
+        return 2
+    if match := _IOTA.search(line):
+        return int(match[1])
+    match = _LISTED.search(line)
+    return match[1].count(",") + 1 if match else everyone
+
+
+def bytes_sent(text: str) -> dict[str, int]:
+    """Bytes that each device sends while a program runs, by kind of operation; kinds that do not occur are left out.
+
+    Args:
+      text: `compiled.as_text()` of a scheduled program.
+    """
+    total: dict[str, int] = {}
+    for transfer in transfers(text):
+        total[transfer.kind] = total.get(transfer.kind, 0) + transfer.sent * transfer.times
+    return total
 
 
 def overlapped(text: str, kind: str = "collective-permute") -> float:
