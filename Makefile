@@ -12,7 +12,7 @@ ACCELERATOR := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L
 BASE = plots,tokenizers$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 
-.PHONY: train test test-slow test-next check-cuda lint clean
+.PHONY: train test test-slow test-next check-cuda bench lint clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/installed-run
@@ -32,6 +32,10 @@ test-next: .venv-next/installed
 # The GPU kernels through the CUDA compiler, which needs no GPU. 5 GB of packages, in an environment of their own.
 check-cuda: .venv-cuda/installed
 	.venv-cuda/bin/python -m pytest -q $(ARGS) tests/cuda
+
+# Attention kernels: numerics, then speed beside cuDNN (pallas_kernels/README.md, "Measured").
+bench: $(VENV)/installed-run
+	$(RUN) -m lcx.bench attention $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

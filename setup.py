@@ -33,6 +33,7 @@ EXTRAS = {
     "hf": ["datasets"],
     "tokenizers": ["tokenizers", "sentencepiece"],
     "tensorboard": ["tensorboardX"],
+    "tokamax": ["tokamax>=0.0.17"],  # attention to measure against
     "test": [
         'libtpu; sys_platform == "linux" and platform_machine == "x86_64"',  # every kernel is compiled for every TPU
         "pytest",
@@ -53,6 +54,7 @@ setup(
     description="Training on very long sequences, from 128 thousand tokens to a billion, in JAX and Flax",
     python_requires=">=3.12",
     packages=find_packages(include=["lcx", "lcx.*", "pallas_kernels", "pallas_kernels.*", "configs", "launch", "launch.*"]),
+    package_data={"pallas_kernels": ["tuned/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -90,7 +90,9 @@ def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(keep(entry) for entry in spec))
 
 
-def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: str = "kernel") -> Callable:
+def per_shard(
+    fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: str = "kernel", checked: bool = False
+) -> Callable:
     """`fn` run once per device on local slices.
 
     Args:
@@ -100,6 +102,8 @@ def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: 
       form: "kernel": every axis is manual (Mosaic kernels accept nothing less). "tokenwise": data, fsdp and seq are
         manual and tensor stays with the compiler, so `fn` sees whole heads and a whole feed-forward width. Where tensor is
         one device the two are the same.
+      checked: JAX proves that what `out_specs` leave whole is equal on all devices; loops inside have to start from values of
+        `lcx.ops.varying.alike`.
     """
     if form not in ("kernel", "tokenwise"):
         raise ValueError(f"per_shard form={form!r} is not known (valid: kernel, tokenwise)")
@@ -110,7 +114,12 @@ def per_shard(fn: Callable, *, mesh: Mesh, in_specs: Any, out_specs: Any, form: 
     is_spec = lambda x: isinstance(x, PartitionSpec)
     restrict = lambda specs: jax.tree.map(lambda s: _restrict(s, axes), specs, is_leaf=is_spec)
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=restrict(in_specs), out_specs=restrict(out_specs), axis_names=set(axes), check_vma=False
+        fn,
+        mesh=mesh,
+        in_specs=restrict(in_specs),
+        out_specs=restrict(out_specs),
+        axis_names=set(axes),
+        check_vma=checked,
     )
 
 

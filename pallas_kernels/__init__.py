@@ -10,6 +10,8 @@ KERNELS = {
         "chunked": "lcx.ops.attention_chunked",
         "mosaic_tpu": "pallas_kernels.attention_tpu",
         "mosaic_gpu": "pallas_kernels.attention_hopper",
+        "cudnn": "lcx.ops.attention_cudnn",
+        "tokamax": "lcx.ops.attention_tokamax",
     },
     "linear_cross_entropy": {
         "reference": "lcx.ops.linear_cross_entropy_reference",

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcx.ops.tiling import Tiling
-from pallas_kernels import interpret
+from pallas_kernels import interpret, tiles
 from pallas_kernels.attention_hopper_tile import FLOOR, LOG2E, Problem, place, tokens_of
 from pallas_kernels.attention_ranges import Walk, first_order, walk
 from pallas_kernels.attention_support import unsuitable
@@ -46,13 +46,9 @@ class Sizes(NamedTuple):
 
 
 def sizes(kernel: str, K: int) -> Sizes:
-    """What fits 227 KiB of shared memory and the registers of a warpgroup, without spills (tests/cuda)."""
-    table = {
-        "forward": {64: Sizes(2, 128), 128: Sizes(2, 128), 256: Sizes(2, 64)},
-        "dq": {64: Sizes(2, 128), 128: Sizes(2, 64), 256: Sizes(1, 64)},
-        "dkv": {64: Sizes(2, 64), 128: Sizes(2, 64), 256: Sizes(1, 64)},
-    }
-    return table[kernel][K]
+    """For head width K; see `tiles`."""
+    own, across = tiles.tile_sizes(f"hopper_{kernel}_{K}")
+    return Sizes(own // ROWS, across)
 
 
 def refuse(spec, shapes, dtypes, device_kind):

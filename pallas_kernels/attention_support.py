@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels.support_mesh import left_to_compiler
 
 
 def unsuitable(shapes: dict, dtypes: dict, widths: tuple[int, ...], kinds: tuple[Any, ...]) -> str | None:
@@ -16,9 +17,8 @@ def unsuitable(shapes: dict, dtypes: dict, widths: tuple[int, ...], kinds: tuple
     for name in ("order_q", "order_k"):
         if name in shapes:
             return f"{name} is an array; it takes lcx.ops.Runs, only the reference takes arrays"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and (left := set(mesh.axis_names) - set(mesh.manual_axes)):
-        return f"mesh axes {', '.join(sorted(left))} are left to the compiler here, which cannot divide a kernel"
+    if (reason := left_to_compiler()) is not None:
+        return reason
     if (K := shapes["q"][3]) not in widths:
         return f"head width K={K}; it takes {', '.join(map(str, widths))}"
     if dtypes["q"] not in kinds:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Runs, Segments
-from pallas_kernels import interpret
+from pallas_kernels import interpret, tiles
 from pallas_kernels.attention_ranges import Pairs, Ranges, Walk, first_order, walk
 from pallas_kernels.attention_support import unsuitable
 from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, over_tiles, scores
@@ -31,8 +31,8 @@ FLOOR = HIDDEN / 10
 
 
 def tile_sizes(dtype: jnp.dtype) -> tuple[int, int]:
-    """Tokens in a tile of queries and of keys. An fp32 product is six bf16 ones, so that a quarter of a tile is work enough."""
-    return (512, 512) if dtype == jnp.bfloat16 else (256, 256)
+    """Tokens in a tile of queries and of keys."""
+    return tiles.tile_sizes(f"tpu_{jnp.dtype(dtype)}")
 
 
 def refuse(spec, shapes, dtypes, device_kind):

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpret
+from pallas_kernels.support_mesh import varying
 
 ROWS = 64  # of a tile, to each warpgroup that computes
 
@@ -177,7 +178,7 @@ def launch(
         mode = plgpu.InterpretGPUParams()
     found = plgpu.kernel(
         body,
-        out_type=list(outputs.values()),
+        out_type=varying(list(outputs.values()), list(given.values())),
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),

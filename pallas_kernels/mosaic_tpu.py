@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.support_mesh import varying
 
 
 @dataclasses.dataclass
@@ -42,16 +43,20 @@ def launch(
     scratch: dict[str, Any],
     cost: pl.CostEstimate,
     aliases: dict[str, str] | None = None,
+    ordered: int = 1,
+    vmem_bytes: int | None = None,
 ) -> dict[str, jax.Array]:
     """Runs `kernel(refs)`, every reference under its name, and returns the outputs by name.
 
     Args:
-      kernel: the program; the last grid dimension runs in order, the others in any.
+      kernel: the program.
       name: of the kernel in profiles and dumps.
       grid: programs.
       inputs, outputs, scratch: by name; what is None in `inputs` (as an array) or in `scratch` is None in `refs`.
       cost: what the compiler's scheduler weighs transfers against; without it a kernel counts as nothing to hide behind.
       aliases: input -> output that takes its memory.
+      ordered: grid dimensions, counted from the last, that run in order; the others in any.
+      vmem_bytes: of the chip's memory; None is what the compiler allows any kernel.
     """
     absent = [name for name, operand in inputs.items() if operand.array is None]
     absent += [name for name, shape in scratch.items() if shape is None]
@@ -66,9 +71,11 @@ def launch(
         in_specs=specs(inputs),
         out_specs=specs(outputs),
         scratch_shapes=list(scratch.values()),
-        out_shape=[operand.array for operand in outputs.values()],
+        out_shape=varying([operand.array for operand in outputs.values()], [operand.array for operand in inputs.values()]),
         input_output_aliases={place(inputs, a): place(outputs, b) for a, b in (aliases or {}).items()},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * (len(grid) - ordered) + ("arbitrary",) * ordered, vmem_limit_bytes=vmem_bytes
+        ),
         cost_estimate=cost,
         interpret=interpret.mode(),
         name=name,

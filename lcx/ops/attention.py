@@ -12,6 +12,13 @@ Backends. A backend is a module (`pallas_kernels.KERNELS["attention"]`) of three
         row with lse = -inf contributes nothing. delta = sum_K(do * o) - dlse.
 
 Sequence-parallel attention calls the pair itself, under a logsumexp over all devices' keys.
+
+A module that computes whole attention only (a vendor's kernel, whose backward pass takes no logsumexp from outside) has instead
+of the pair
+
+    whole(q_BSHK, k_BTGK, v_BTGK, *, spec) -> o_BSHK in q's dtype, differentiable by JAX
+
+and refuses what is not `spec.whole`, document ids, sink tokens and ALiBi slopes.
 """
 
 import functools
@@ -94,13 +101,17 @@ def attention(
     _check(q_BSHK, k_BTGK, v_BTGK, mask, order_q, order_k, scale, softcap, sink_logits_H, **given)
     segments_q_BS, segments_k_BT = (None if x is None else jnp.asarray(x, jnp.int32) for x in (segments_q_BS, segments_k_BT))
     (B, S, _, K), T = q_BSHK.shape, k_BTGK.shape[1]
-    spec = AttentionSpec(mask, K**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap))
+    whole = order_q is None and order_k is None and sink_logits_H is None and not return_lse
+    scale, softcap = K**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap)
+    spec = AttentionSpec(mask, scale, softcap, whole)
     order_q = contiguous(S) if order_q is None else order_q
     order_k = contiguous(T) if order_k is None else order_k
     if mask.sink_tokens and mask.window is not None and sink_BT is None:
         sink_BT = leading_tokens_BT(mask.sink_tokens, order_k.order() if isinstance(order_k, Runs) else order_k, segments_k_BT, B)
         given["sink_BT"] = sink_BT
     backend = attention_backend(implementation, spec, q_BSHK, k_BTGK, v_BTGK, order_q=order_q, order_k=order_k, **given)
+    if hasattr(backend, "whole"):
+        return backend.whole(q_BSHK, k_BTGK, v_BTGK, spec=spec)
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
     tokens = _Tokens(order_q, order_k, Segments(segments_q_BS, segments_k_BT, sink_BT))
     dtype = jnp.float32 if return_lse or sink_logits_H is not None else q_BSHK.dtype

@@ -12,6 +12,7 @@ from jax import lax
 
 from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Segments
+from lcx.ops.varying import alike
 from lcx.ops.visibility import TileBounds, tile_visible, visible_BST
 
 # Measured on two CPU cores, fp32, S=2048, K=16..64, H=4..16: 128, 256 and 512 lie within a third of each other, 256 is first
@@ -130,7 +131,7 @@ def _forward(q_BSHK, k_BTGK, v_BTGK, *, spec, order_q, order_k, segments, alibi_
         q = tile_q.arrays[0]
         if carry is None:
             nothing = jnp.zeros(q.shape[:-1], jnp.float32)
-            state = jnp.zeros(q.shape, jnp.float32), nothing - jnp.inf, nothing
+            state = alike((jnp.zeros(q.shape, jnp.float32), nothing - jnp.inf, nothing), tile_q, k_side)
         else:
             _, o, lse = tile_q.arrays
             state = o, lse, (lse != -jnp.inf).astype(jnp.float32)
@@ -185,10 +186,10 @@ def _backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, orde
             return dq + _dot(ds, k, 3, 2), add(dk_tiles, _dot(ds, q, 2, 2)), add(dv_tiles, _dot(p.astype(do.dtype), do, 2, 2))
 
         seen = tile_visible(spec.mask, tile_q.bounds, k_side.bounds)
-        dq, *sums = _for_visible(seen, key_tile, (jnp.zeros(q.shape, jnp.float32), *sums))
+        dq, *sums = _for_visible(seen, key_tile, (alike(jnp.zeros(q.shape, jnp.float32), sums), *sums))
         return tuple(sums), dq
 
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in k_side.arrays)
+    sums = alike(tuple(jnp.zeros(x.shape, jnp.float32) for x in k_side.arrays), q_side, k_side)
     (dk, dv), dq = lax.scan(query_tile, sums, q_side._replace(arrays=tuple(_rows(x, G) for x in q_side.arrays)))
     dk, dv = (tiling_k.join(jnp.swapaxes(x, 2, 3)) for x in (dk, dv))
     return tiling_q.join(_unrows(dq, tiling_q.size)) * spec.scale, dk * spec.scale, dv

@@ -115,8 +115,11 @@ class AttentionSpec:
       mask: visibility.
       scale: factor on q.k before the softmax.
       softcap: None, or c for c * tanh(score / c).
+      whole: queries and keys are whole rows, in order from token 0, and nothing but the output is wanted: no logsumexp, no
+        learned sink, nothing to merge with.
     """
 
     mask: Mask
     scale: float
     softcap: float | None = None
+    whole: bool = False

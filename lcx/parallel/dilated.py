@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from lcx.ops.attention import attention_backend
 from lcx.ops.types import AttentionSpec, Mask, Segments, contiguous
+from lcx.ops.varying import alike
 from lcx.parallel.attention import Call, attend, check_arrays
 from lcx.registry import UserError
 
@@ -303,7 +304,7 @@ class Rows:
 def forward(plan: DilatedPlan, q, k, v, tokens, slopes_H) -> tuple[jax.Array, jax.Array]:
     """(o_BsHK, lse_BHs) over the union of all branches, fp32."""
     B, s, H, _ = q.shape
-    o, lse = jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)
+    o, lse = alike((jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)), q)
     for branch in plan.branches:
         rows = Rows(plan, branch, q, k, v, tokens)
         carry = (rows.take_q(o), rows.take_lse(lse)) if branch is not plan.branches[0] else None
@@ -318,7 +319,7 @@ def backward(plan: DilatedPlan, q, k, v, do, lse, delta, tokens, slopes_H) -> tu
     With weights p = exp(score - lse) under the merged lse, d(score) = p (do . v - do . o) where o is the merged output. Taking
     the mixing weights as constants puts the branch's own output in its place.
     """
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    sums = alike(tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q)
     for branch in plan.branches:
         rows = Rows(plan, branch, q, k, v, tokens)
         do_rows, lse_rows = rows.take_q(do), rows.take_lse(lse)

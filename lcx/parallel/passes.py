@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lcx.ops.types import Mask
+from lcx.ops.varying import alike
 
 # (query, key) pairs over all heads of a pass in one hop. At 2^30 and K=128 a hop computes 0.5 TFLOP forward, milliseconds on any
 # chip, beside which starting a transfer takes nothing.
@@ -64,7 +65,7 @@ def in_passes(function: Callable, passes: int, dims: tuple[str, ...], out_dims: 
 
         whole = lambda x, d: jnp.zeros([n * passes if i == cut(d) else n for i, n in enumerate(x.shape)], x.dtype)
         shapes = jax.eval_shape(lambda: rounded(*parts(0)))
-        start = tuple(whole(x, d) for x, d in zip(shapes, out_dims, strict=True))
+        start = alike(tuple(whole(x, d) for x, d in zip(shapes, out_dims, strict=True)), shapes)
         return lax.fori_loop(0, passes, one_pass, start)
 
     return run

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcx.ops.varying import alike
 from lcx.parallel import sinks
 from lcx.parallel.hops import Ring
 from lcx.parallel.plan import Keys, Plan, Queries, block_backward, block_forward
@@ -72,7 +73,7 @@ def _forward(route: Route, streams: list[Stream], sink_tokens: int) -> list[tupl
 def _nothing_seen(q_BsHK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The partial over no key."""
     B, s, H, _ = q_BsHK.shape
-    return jnp.zeros(q_BsHK.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)
+    return alike((jnp.zeros(q_BsHK.shape, jnp.float32), jnp.full((B, H, s), -jnp.inf, jnp.float32)), q_BsHK)
 
 
 def _travel(ring: Ring, streams: list[Stream], visit: Callable, state: tuple, distance: int, sign: int, hops: int) -> tuple:
@@ -185,7 +186,7 @@ def _own_blocks(route: Route, streams: list[Stream], half: int) -> list[Gradient
     for one in streams:
         tokens = one.queries.q_BsHK.shape[1]
         if tokens == 1 and half == 0:
-            zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+            zeros = lambda x: alike(jnp.zeros(x.shape, jnp.float32), x)
             found.append((zeros(one.queries.q_BsHK), (zeros(one.own.k_BtGK), zeros(one.own.v_BtGK))))
             continue
         queries = one.queries if tokens == 1 else one.queries.halves()[half]
