@@ -18,7 +18,7 @@ class SequenceContext:
       positions_BS: int32, restarting at 0 in each document; for position encodings only.
       segments_BS: int32 document ids, 0 for padding; None when every row is one document, whose padding, if any, comes last and
         is seen by no token before it.
-      layout: order of the tokens over the `seq` axis: contiguous, zigzag or striped.
+      layout: order of the tokens over the `seq` axis: contiguous, zigzag, striped or cyclic.
       mesh: the device mesh.
     """
 

@@ -147,10 +147,11 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     for name in conf.layers:  # those that the pattern leaves out too: a sweep over patterns must not meet their mistakes late
         layer_kind(conf, run, name)
-    layout = stream_layout(blocks["sequence"].layout, pattern, mesh_sizes["seq"])
+    packed, tokens = blocks["data"].packing in ("concat", "best_fit"), blocks["sequence"].length // mesh_sizes["seq"]
+    balanced = [kind.mixer.balanced_layout(kind.mixer_config, packed=packed, tokens=tokens) for kind in pattern]
+    layout = stream_layout(blocks["sequence"].layout, balanced, mesh_sizes["seq"])
     if blocks["sequence"].layout == "auto" and mesh_sizes["seq"] > 1:
-        balanced = lambda kind: kind.mixer.balanced_layout(kind.mixer_config)
-        pattern = tuple(dataclasses.replace(kind, layout=balanced(kind)) for kind in pattern)
+        pattern = tuple(dataclasses.replace(kind, layout=own) for kind, own in zip(pattern, balanced, strict=True))
     experiment = Experiment(
         run=run,
         **blocks,
@@ -247,15 +248,15 @@ def dataset_config(conf: ml_collections.ConfigDict, source: str) -> Any:
     return config.typed(part.Config, conf.datasets[name], f"datasets.{name}")
 
 
-def stream_layout(chosen: str, pattern: tuple[model.LayerKind, ...], shards: int) -> str:
-    """`sequence.layout` with auto resolved: contiguous on one shard, else what balances most layers."""
+def stream_layout(chosen: str, balanced: list[str | None], shards: int) -> str:
+    """`sequence.layout` with auto resolved: contiguous on one shard, else what balances most entries of the pattern."""
     if chosen not in ("auto", *layouts.LAYOUTS):
         raise registry.unknown("sequence.layout", chosen, ["auto", *layouts.LAYOUTS])
     if chosen != "auto":
         return chosen
     if shards == 1:
         return "contiguous"
-    liked = [kind.mixer.balanced_layout(kind.mixer_config) or "contiguous" for kind in pattern]
+    liked = [layout or "contiguous" for layout in balanced]
     return max(("contiguous", *layouts.LAYOUTS), key=liked.count)
 
 

@@ -7,6 +7,7 @@ import pytest
 from lcx import experiment
 from lcx.registry import UserError
 from tests.command_line import says
+from tests.experiments import small
 
 # ---- layer kinds
 
@@ -110,6 +111,13 @@ def test_several_problems_are_listed_together(config_file, mistake):
     for part in ("model.heads=4 does not divide over mesh.tensor=3", "sequence.length=16385", "feed-forward width 256"):
         assert any(part in line for line in rest), (part, rest)
     assert all(line.startswith("  ") for line in rest)
+
+
+def test_auto_layout_of_long_packed_rows_is_cyclic():
+    layout = lambda **fields: small(mesh__seq=4, pattern=("ring",), **fields).layout
+    assert layout(sequence__length=2**15) == "cyclic"
+    assert layout(sequence__length=2**14) == layout(sequence__length=2**15, data__packing="stream") == "zigzag"
+    assert layout(sequence__length=2**15, mixers__ring__window=(9, 0)) == "contiguous"
 
 
 def test_auto_layout_is_what_most_entries_of_the_pattern_like_best(config_file):

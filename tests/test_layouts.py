@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lcx.parallel import layouts
+from lcx.parallel import cyclic, layouts
 from lcx.parallel.layouts import LAYOUTS, convert, local_runs, sequence_permutation, shard_multiple
 from lcx.registry import UserError
 from lcx.sharding import activation_spec
@@ -108,6 +108,24 @@ def test_zigzag_is_two_permutes_of_half_a_shard(mesh_of):
     text = jax.jit(lambda x: convert(x, "contiguous", "zigzag", mesh=mesh)).lower(x).compile().as_text()
     assert len(re.findall(r"= f32\[1,8,8\]\S* collective-permute", text)) == 2
     assert not re.search(r"all-gather|all-to-all|all-reduce", text)
+
+
+@pytest.mark.parametrize(
+    "shards,tokens,block,blocks", [(8, 32, 8, 4), (8, 8, 1, 8), (4, 32, 4, 8), (2, 32, 2, 16), (6, 12, 4, 3), (3, 35, 4, 1)]
+)
+def test_cyclic_blocks_come_from_and_return_to_where_they_belong(mesh_of, monkeypatch, shards, tokens, block, blocks):
+    """Fewer blocks than devices, as many, and more; and none but the whole shard where nothing else divides."""
+    monkeypatch.setattr(cyclic, "BLOCK", block)
+    assert cyclic.blocks_of(tokens, shards) == blocks
+    mesh, length = mesh_of(seq=shards), shards * tokens
+    index = sequence_permutation("cyclic", length, shards)
+    x = np.arange(length, dtype=np.int32)[None]
+    there = jax.jit(lambda x: convert(x, "contiguous", "cyclic", mesh=mesh))(_placed(x, mesh))
+    assert (np.asarray(there) == x[:, index]).all()
+    back = jax.jit(lambda x: convert(x, "cyclic", "contiguous", mesh=mesh))(there)
+    assert (np.asarray(back) == x).all()
+    runs = local_runs("cyclic", length, shards, 1)
+    assert runs.count == blocks and (np.asarray(runs.order()) == index[tokens : 2 * tokens]).all()
 
 
 def test_striped_is_one_all_to_all(mesh_of):

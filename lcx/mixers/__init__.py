@@ -1,9 +1,9 @@
 """Sequence mixers: the table, and what a mixer says about itself.
 
-A mixer has `Config`, `caps`, `tiny()`, `check(...)`, `balanced_layout(config)` and `score_flops(...)`, and is called as
-`mixer(x_BSD, ctx) -> y_BSD`. One that can serve the
-fused token loop of the block (Blockwise Parallel Transformer) also splits into `prepare(x_BSD, ctx) -> memory` and
-`attend(weights, x_BCD, memory, chunk) -> y_BCD`, with `attend_weights()` naming the parameters that `attend` uses.
+A mixer has `Config`, `caps`, `tiny()`, `check(...)`, `balanced_layout(config, ...)` and `score_flops(...)`, and is called as
+`mixer(x_BSD, ctx) -> y_BSD`. One that can serve the fused token loop of the block (Blockwise Parallel Transformer) also splits
+into `prepare(x_BSD, ctx) -> memory` and `attend(weights, x_BCD, memory, chunk) -> y_BCD`, with `attend_weights()` naming the
+parameters that `attend` uses.
 """
 
 import dataclasses

@@ -17,6 +17,7 @@ from lcx.ops.attention import attention
 from lcx.ops.types import AttentionSpec, Mask
 from lcx.parallel import STRATEGIES
 from lcx.parallel.attention import context_attention
+from lcx.parallel.cyclic import BALANCED_FROM
 from lcx.parallel.plan import Plan
 from lcx.sharding import tokenwise
 
@@ -28,7 +29,7 @@ class Attention(MultiHead):
 
     strategy = "ring"
     automatic = "auto"  # what implementation="auto" stands for
-    caps = Caps(bidirectional=True, layouts=("zigzag", "striped", "contiguous"))
+    caps = Caps(bidirectional=True, layouts=("zigzag", "striped", "cyclic", "contiguous"))
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -93,10 +94,13 @@ class Attention(MultiHead):
         return registry.load(STRATEGIES, cls.strategy, field="strategy").refuse(plan)
 
     @classmethod
-    def balanced_layout(cls, config: Config) -> str | None:
-        """zigzag where keys stay with their devices and a causal mask gives the later ones more of them. A window does not, and
-        in contiguous order it needs the fewest hops."""
-        return "zigzag" if config.causal and config.window is None and cls.strategy != "ulysses" and cls.caps.sharded else None
+    def balanced_layout(cls, config: Config, *, packed: bool, tokens: int) -> str | None:
+        """zigzag where keys stay with their devices and a causal mask gives the later ones more of them; cyclic where documents
+        decide who has more, and a device has blocks enough to balance long ones too. A window does not unbalance, and in
+        contiguous order it needs the fewest hops."""
+        if not config.causal or config.window is not None or cls.strategy == "ulysses" or not cls.caps.sharded:
+            return None
+        return "cyclic" if packed and tokens >= BALANCED_FROM and "cyclic" in cls.caps.layouts else "zigzag"
 
     @classmethod
     def score_flops(cls, config: Config, sizes: Sizes, ctx: SequenceContext) -> jax.Array:
@@ -225,7 +229,7 @@ class UlyssesRing(Attention):
     """Ulysses inside groups of devices, a ring between them (arXiv 2405.07719)."""
 
     strategy = "ulysses_ring"
-    # Groups between one device and all of them have no evenly spaced tokens in striped order.
+    # Groups between one device and all of them have no evenly spaced tokens in striped and cyclic order.
     caps = Caps(bidirectional=True, layouts=("zigzag", "contiguous"))
 
     @dataclasses.dataclass(frozen=True)

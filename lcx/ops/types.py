@@ -51,8 +51,8 @@ class Mask:
 class Runs:
     """The order of the tokens of one shard: runs `start + step * arange(length)`, one after another.
 
-    A contiguous shard is one run, a zigzag shard two, a striped one a single run with step P. `starts` is traced (it
-    depends on the device); the rest is static, so one compiled kernel serves every step of a ring.
+    A contiguous shard is one run, a zigzag shard two, a striped one a single run with step P, a cyclic one a run for each block.
+    `starts` is traced (it depends on the device); the rest is static, so one compiled kernel serves every step of a ring.
 
     Attributes:
       starts: int32, one entry a run.

@@ -6,6 +6,7 @@ With P devices, a row of S tokens is spread as
     zigzag: the row is cut into 2P chunks and device r holds chunks r and 2P - 1 - r, so that under a causal mask every device
         has the same work (Megatron's and ring-flash-attention's balancing).
     striped: device r holds tokens r, r + P, r + 2P, ... (Brandon et al., "Striped Attention", arXiv 2311.09431).
+    cyclic: device r holds blocks r, r + P, r + 2P, ... of some hundred tokens: for rows of many documents; see `cyclic`.
 """
 
 import math
@@ -19,10 +20,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lcx.mesh import BATCH_AXES
 from lcx.ops.types import Runs
+from lcx.parallel import cyclic
 from lcx.registry import UserError, unknown
 from lcx.sharding import per_shard
 
-LAYOUTS = ("contiguous", "zigzag", "striped")
+LAYOUTS = ("contiguous", "zigzag", "striped", "cyclic")
 
 
 def check_layout(layout: str) -> None:
@@ -39,7 +41,7 @@ def shard_multiple(layout: str, shards: int) -> int:
     check_layout(layout)
     if shards == 1:
         return 1
-    return {"contiguous": shards, "zigzag": 2 * shards, "striped": shards * shards}[layout]
+    return {"contiguous": shards, "zigzag": 2 * shards, "striped": shards * shards, "cyclic": shards}[layout]
 
 
 def local_runs(layout: str, length: int, shards: int, rank: int | jax.Array) -> Runs:
@@ -55,10 +57,10 @@ def local_runs(layout: str, length: int, shards: int, rank: int | jax.Array) -> 
       UserError: a length that is not a multiple of `shards` (zigzag: of 2 * shards).
     """
     check_layout(layout)
-    parts = 2 * shards if layout == "zigzag" and shards > 1 else shards
-    _divisible("length", length, parts, layout, shards)
+    _divisible("length", length, 2 * shards if layout == "zigzag" and shards > 1 else shards, layout, shards)
     starts, step = _run_starts(layout, length, shards, rank)
-    return Runs(jnp.stack([jnp.asarray(start, jnp.int32) for start in starts]), length // parts, step)
+    starts = jnp.stack([jnp.asarray(start, jnp.int32) for start in starts])
+    return Runs(starts, length // (shards * len(starts)), step)
 
 
 def _run_starts(layout, length, shards, rank):
@@ -68,6 +70,9 @@ def _run_starts(layout, length, shards, rank):
     if layout == "zigzag":
         chunk = length // (2 * shards)
         return (rank * chunk, (2 * shards - 1 - rank) * chunk), 1
+    if layout == "cyclic":
+        blocks = cyclic.blocks_of(length // shards, shards)
+        return tuple((rank + shards * n) * (length // (shards * blocks)) for n in range(blocks)), 1
     return (rank,), shards
 
 
@@ -91,6 +96,9 @@ def sequence_permutation(layout: str, length: int, shards: int) -> np.ndarray:
         order = np.stack([chunks[:shards], chunks[: shards - 1 : -1]], axis=1).reshape(-1)
     elif layout == "striped":
         order = order.reshape(-1, shards).T.reshape(-1)
+    elif shards > 1 and layout == "cyclic":
+        blocks = cyclic.blocks_of(padded // shards, shards)
+        order = order.reshape(blocks, shards, -1).swapaxes(0, 1).reshape(-1)
     return order[order < length]
 
 
@@ -103,8 +111,9 @@ def padded_length(layout: str, length: int, shards: int) -> int:
 def convert(x: jax.Array, from_layout: str, to_layout: str, *, mesh: Mesh, dim: int = 1) -> jax.Array:
     """The same tokens in another layout; differentiable.
 
-    contiguous <-> zigzag is two permutes of half a shard, contiguous <-> striped one all-to-all; zigzag <-> striped goes via
-    contiguous. Nothing is gathered and no device holds more than its share.
+    contiguous <-> zigzag is two permutes of half a shard, contiguous <-> striped one all-to-all, contiguous <-> cyclic one
+    all-to-all or a permute for each block of a device; others go via contiguous. Nothing is gathered and no device holds more
+    than its share.
 
     Args:
       x: array of rank >= 2, batch over (data, fsdp) in dimension 0, tokens over seq in dimension `dim`; the other
@@ -149,6 +158,9 @@ def gathered_to_contiguous(x: jax.Array, layout: str, shards: int, dim: int = 1)
         return x
     if layout == "striped":
         return jnp.swapaxes(_cut(x, dim, shards, -1), dim, dim + 1).reshape(x.shape)
+    if layout == "cyclic":
+        blocks = cyclic.blocks_of(x.shape[dim] // shards, shards)
+        return jnp.swapaxes(_cut(x, dim, shards, blocks, -1), dim, dim + 1).reshape(x.shape)
     low, high = jnp.unstack(_cut(x, dim, shards, 2, -1), axis=dim + 1)
     return jnp.concatenate([low, jnp.flip(high, dim)], axis=dim).reshape(x.shape)
 
@@ -160,6 +172,9 @@ def contiguous_to_gathered(x: jax.Array, layout: str, shards: int, dim: int = 1)
         return x
     if layout == "striped":
         return jnp.swapaxes(_cut(x, dim, -1, shards), dim, dim + 1).reshape(x.shape)
+    if layout == "cyclic":
+        blocks = cyclic.blocks_of(x.shape[dim] // shards, shards)
+        return jnp.swapaxes(_cut(x, dim, blocks, shards, -1), dim, dim + 1).reshape(x.shape)
     low, high = jnp.unstack(_cut(x, dim, 2, shards, -1), axis=dim)
     return jnp.stack([low, jnp.flip(high, dim)], axis=dim + 1).reshape(x.shape)
 
@@ -204,8 +219,16 @@ def _striped_to_contiguous(x, shards, dim):
     return lax.all_to_all(parts, "seq", split_axis=dim, concat_axis=dim + 2, tiled=True).reshape(x.shape)
 
 
-_TO_CONTIGUOUS: dict[str, Callable] = {"zigzag": _zigzag_to_contiguous, "striped": _striped_to_contiguous}
-_FROM_CONTIGUOUS: dict[str, Callable] = {"zigzag": _contiguous_to_zigzag, "striped": _contiguous_to_striped}
+_TO_CONTIGUOUS: dict[str, Callable] = {
+    "zigzag": _zigzag_to_contiguous,
+    "striped": _striped_to_contiguous,
+    "cyclic": cyclic.to_contiguous,
+}
+_FROM_CONTIGUOUS: dict[str, Callable] = {
+    "zigzag": _contiguous_to_zigzag,
+    "striped": _contiguous_to_striped,
+    "cyclic": cyclic.from_contiguous,
+}
 
 
 def _divisible(what: str, length: int, multiple: int, layout: str, shards: int) -> None:

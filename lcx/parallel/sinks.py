@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lcx.ops.types import contiguous
 from lcx.parallel.hops import Ring
-from lcx.parallel.layouts import local_convert
+from lcx.parallel.layouts import local_convert, local_runs
 from lcx.parallel.plan import Keys, Plan
 from lcx.sharding import activation_spec, per_shard
 
@@ -54,8 +54,7 @@ def can_stand_apart(plan: Plan) -> bool:
     """Whether the sink keys are the first tokens that place 0 holds, so that they can be sent round on their own."""
     if not plan.has_sinks or plan.packed or plan.layout == "striped":
         return False
-    run = plan.length // plan.shards // (2 if plan.layout == "zigzag" else 1)
-    return plan.spec.mask.sink_tokens <= run
+    return plan.spec.mask.sink_tokens <= local_runs(plan.layout, plan.length, plan.shards, 0).length
 
 
 def split(plan: Plan) -> tuple[Plan, Plan]:

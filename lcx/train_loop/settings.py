@@ -11,9 +11,9 @@ class SequenceConfig:
 
     Attributes:
       length: tokens in one sequence.
-      layout: order of the tokens over the `seq` axis: auto, contiguous, zigzag or striped. auto takes contiguous on one shard,
-        else what spreads the work of most entries of the pattern evenly, contiguous where any does; the others run in the layout
-        that spreads theirs, and their hidden states are converted.
+      layout: order of the tokens over the `seq` axis: auto, contiguous, zigzag, striped or cyclic. auto takes contiguous on one
+        shard, else what spreads the work of most entries of the pattern evenly, contiguous where any does; the others run in the
+        layout that spreads theirs, and their hidden states are converted.
     """
 
     length: int = 1024

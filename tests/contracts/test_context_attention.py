@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from lcx.ops.attention import attention
 from lcx.ops.types import Mask
-from lcx.parallel import STRATEGIES, layouts, passes, ring, route
+from lcx.parallel import STRATEGIES, cyclic, layouts, passes, ring, route
 from lcx.parallel import attention as attention_over_mesh
 from lcx.parallel.attention import context_attention
 from lcx.parallel.layouts import LAYOUTS, sequence_permutation
@@ -226,6 +226,14 @@ def test_equal_to_whole_in_other_layouts(mesh_of, strategy, name, layout):
     _assert_equal_to_whole(CASES[name], Sharded(CASES[name], mesh_of(seq=4), strategy, layout, **options))
 
 
+@pytest.mark.parametrize(("strategy", "name"), [("ring", "causal"), ("ring", "everything"), ("ulysses", "window")])
+def test_equal_to_whole_in_cyclic_order(mesh_of, monkeypatch, strategy, name):
+    """In blocks of four tokens, four to a device."""
+    monkeypatch.setattr(cyclic, "BLOCK", 4)
+    case = dataclasses.replace(CASES[name], length=64)
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "cyclic"))
+
+
 @pytest.mark.parametrize(("strategy", "kv_heads"), [("ring", 4), ("ulysses", 8), ("allgather", 2)])
 def test_equal_to_whole_a_few_heads_at_a_time(mesh_of, monkeypatch, strategy, kv_heads):
     """As many passes as the key/value heads and the strategy allow."""
@@ -398,4 +406,4 @@ def test_errors_are_one_line_and_name_the_choices(mesh_of):
 
 
 def test_padded_length_is_what_the_layouts_need():
-    assert [layouts.padded_length(layout, 53, 4) for layout in LAYOUTS] == [56, 56, 64]
+    assert [layouts.padded_length(layout, 53, 4) for layout in LAYOUTS] == [56, 56, 64, 56]
