@@ -1,5 +1,6 @@
 """Backends that compute whole attention only: what they are told means the mask, and what it does not mean they refuse."""
 
+import functools
 import sys
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from lcx.ops import attention_cudnn, attention_tokamax, attention_whole, dispatch
 from lcx.ops.attention import attention
 from lcx.ops.types import AttentionSpec, Mask, contiguous
+from lcx.parallel.attention import context_attention
 from lcx.registry import UserError
 from tests.tolerance import assert_close
 
@@ -150,3 +152,30 @@ def test_auto_takes_cudnn_for_whole_attention_on_gpu_and_says_why_not_otherwise(
         jax.eval_shape(lambda q, k, v: attention(q, k, v, mask=Mask(), return_lse=True), q, k, v)
     assert record.winners("attention") == ("cudnn", "chunked")
     assert "logsumexp" in dict(record.choices["attention"][1].refused)["cudnn"]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cudnn"])
+def test_rows_on_one_device_of_a_mesh_reach_it(on_gpu, mesh_of, implementation):
+    """Batch and heads spread; with documents the choice falls on another, and a named one says why it cannot."""
+    mesh, (q, k, v) = mesh_of(data=2, tensor=2), arrays()
+    attend = functools.partial(context_attention, mesh=mesh, mask=Mask(), scale=0.2, implementation=implementation)
+
+    @jax.jit
+    def run(q, k, v):
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, *pull(np.cos(np.arange(q.size, dtype=np.float32)).reshape(q.shape))
+
+    with dispatch.recording({"attention": "cudnn"}):
+        found = run(q, k, v)
+    compare(found, results("reference", Mask(), q, k, v))
+    packed = functools.partial(attend, segments_BS=ROW["segments_q_BS"])
+    if implementation == "auto":
+        with dispatch.recording({"attention": "chunked"}):
+            jax.eval_shape(packed, q, k, v)
+    else:
+        with pytest.raises(UserError, match="gives no logsumexp"):
+            jax.eval_shape(packed, q, k, v)
+    # A named one that cannot run for its sizes names them, not the whole rows it has.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="head width K=64"):
+        patch.setattr(attention_cudnn, "LARGEST_WIDTH", 32)
+        jax.eval_shape(functools.partial(attend, implementation="cudnn"), q, k, v)

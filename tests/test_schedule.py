@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from lcx import mesh
 from lcx.ops import dispatch
 from lcx.ops.types import Mask
 from lcx.parallel.attention import context_attention
@@ -76,38 +77,49 @@ def test_a_program_that_is_not_scheduled_is_refused():
 
 def compile_ring(target: str, tokens: int, kv_heads: int, heads: int = 32):
     """Forward and backward pass of causal attention over packed documents, bf16, zigzag, over all devices of a target."""
-    mesh = topology_mesh(target, seq=-1)
-    S, K = tokens * mesh.size, 128
+    over = topology_mesh(target, seq=-1)
+    S, K = tokens * over.size, 128
 
     def shape(dims, *sizes, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=NamedSharding(mesh, activation_spec(dims)))
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=NamedSharding(over, activation_spec(dims)))
 
     def passes(q, k, v, ids, do):
-        o, pull = jax.vjp(lambda *qkv: context_attention(*qkv, mesh=mesh, mask=Mask(), segments_BS=ids), q, k, v)
+        o, pull = jax.vjp(lambda *qkv: context_attention(*qkv, mesh=over, mask=Mask(), segments_BS=ids), q, k, v)
         return o, pull(do)
 
     q, k = shape("BSHK", 1, S, heads, K), shape("BTGK", 1, S, kv_heads, K)
-    with jax.set_mesh(mesh), jax.default_matmul_precision("default"), dispatch.recording({"attention": "mosaic_tpu"}):
+    with jax.set_mesh(over), jax.default_matmul_precision("default"), dispatch.recording({"attention": "mosaic_tpu"}):
         return jax.jit(passes).lower(q, k, k, shape("BS", 1, S, dtype="int32"), q).compile()
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "gibibytes", "hidden"), [(32, 1.2, 1.0), (8, 0.8, 0.96)])
-def test_a_ring_at_128k_tokens_hides_its_transfers_in_little_memory(kv_heads, gibibytes, hidden, capsys):
-    """Over v5e:2x4, 32 query heads of 128. What travels exists for a few heads at a time.
-
-    With one key/value head in a pass the compiler still starts a few transfers after the kernel that could hide them.
-    """
+@pytest.mark.parametrize("kv_heads", [32, 8])
+def test_a_ring_at_128k_tokens_hides_its_transfers_in_little_memory(kv_heads, capsys):
+    """Over v5e:2x4, 32 query heads of 128. What travels exists for a few heads at a time."""
     compiled = compile_ring("v5e:2x4", 2**14, kv_heads)
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
     with capsys.disabled():
         print(f"\nattention of 131,072 tokens over v5e:2x4, {kv_heads} key/value heads: {temporary:.2f} GiB temporary a chip")
-    assert temporary <= gibibytes
-    assert overlapped(compiled.as_text()) >= hidden
+    assert temporary <= 1.0
+    assert overlapped(compiled.as_text()) == 1.0
+
+
+TARGETS = ("v4:2x2x2", "v5e:2x4", "v5e-64", "v5e-256", "v5p:2x2x2", "v5p:4x4x4", "v6e:2x4", "v6e-64")
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_ring_at_8k_tokens_a_device_hides_its_transfers():
-    assert overlapped(compile_ring("v5e:2x4", 2**13, 8).as_text()) == 1.0
+@pytest.mark.parametrize("kv_heads", [32, 8])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_ring_at_8k_tokens_a_device_hides_its_transfers(target, kv_heads):
+    """With 32 key/value heads half of them go each way round, and in the backward pass queries travel."""
+    assert overlapped(compile_ring(target, 2**13, kv_heads).as_text()) == 1.0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_in_the_order_of_their_numbers_chips_could_not_hide_them(monkeypatch):
+    """The twin: over v5e-64, rings that are not closed walks are synchronous."""
+    monkeypatch.setattr(mesh, "ring_order", lambda devices, seq, tensor: list(devices))
+    assert overlapped(compile_ring("v5e-64", 2**13, 8).as_text()) < 0.5

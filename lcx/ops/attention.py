@@ -34,7 +34,8 @@ from lcx.ops import dispatch
 from lcx.ops.partials import add_sink
 from lcx.ops.types import AttentionSpec, Mask, Runs, Segments, contiguous
 from lcx.ops.visibility import leading_tokens_BT
-from lcx.registry import UserError
+from lcx.registry import UserError, load
+from pallas_kernels import KERNELS
 
 
 def attention_backend(implementation: str, spec: AttentionSpec, q: Any, k: Any, v: Any, **others: Any) -> ModuleType:
@@ -52,6 +53,24 @@ def attention_backend(implementation: str, spec: AttentionSpec, q: Any, k: Any, 
     given = dict(q=q, k=k, v=v) | {name: x for name, x in others.items() if x is not None and not isinstance(x, Runs)}
     shapes, dtypes = ({name: getattr(x, what) for name, x in given.items()} for what in ("shape", "dtype"))
     return dispatch.choose("attention", implementation, spec=spec, shapes=shapes, dtypes=dtypes)
+
+
+def computes_whole(implementation: str, spec: AttentionSpec, q: Any, k: Any) -> bool:
+    """Whether what would be chosen for whole rows of one document computes nothing else; a named one need not be able to.
+
+    Args:
+      implementation: a name from the table, or "auto".
+      spec: mask, scale, soft-cap; `whole`.
+      q, k: arrays of one device, or shapes with dtypes.
+    """
+    table = KERNELS["attention"]
+    if implementation != "auto":
+        return implementation in table and hasattr(load(table, implementation, field="implementation"), "whole")
+    platform, device_kind = dispatch.target()
+    shapes, dtypes = ({name: getattr(x, what) for name, x in dict(q=q, k=k, v=k).items()} for what in ("shape", "dtype"))
+    modules = [load(table, name, field="implementation") for name in dispatch.PREFERENCE.get(platform, ()) if name in table]
+    first = next((module for module in modules if module.refuse(spec, shapes, dtypes, device_kind) is None), None)
+    return hasattr(first, "whole")
 
 
 def attention(

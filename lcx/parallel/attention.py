@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from lcx.mesh import BATCH_AXES
+from lcx.ops.attention import attention_backend, computes_whole
 from lcx.ops.partials import add_sink
 from lcx.ops.types import AttentionSpec, Mask
 from lcx.parallel import STRATEGIES, sinks
@@ -101,6 +102,10 @@ def context_attention(
             sink_BS = sinks.leading_tokens_BS(segments_BS.astype(jnp.int32), mask.sink_tokens, layout=layout, mesh=mesh)
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
+    plain = tokens_BS is None and alibi_slopes_H is None and sink_logits_H is None and not plan.has_sinks
+    if shards == 1 and plain and not return_lse and (o_BSHK := _by_one_kernel(plan, mesh, q_BSHK, k_BTGK, v_BTGK)) is not None:
+        return o_BSHK
+
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
     plan = module.settled(plan)
     passes = head_passes(mask, length // shards, plan.q_heads, plan.kv_heads, functools.partial(_fits, module, plan))
@@ -112,6 +117,22 @@ def context_attention(
     if sink_logits_H is not None:
         o_BSHK, lse_BHS = add_sink(o_BSHK, lse_BHS, sink_logits_H)
     return (o_BSHK, lse_BHS) if return_lse else o_BSHK.astype(q_BSHK.dtype)
+
+
+def _by_one_kernel(plan: Plan, mesh: Mesh, q_BSHK, k_BTGK, v_BTGK) -> jax.Array | None:
+    """Rows that are on one device, by a kernel that computes whole attention only, with a backward pass of its own; None if the
+    choice falls on another."""
+    spec, rows = dataclasses.replace(plan.spec, whole=True), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    part = lambda x, heads: jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1], heads, x.shape[3]), x.dtype)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if not computes_whole(plan.implementation, spec, part(q_BSHK, plan.q_heads), part(k_BTGK, plan.kv_heads)):
+            return None
+
+    def local(q, k, v):
+        return attention_backend(plan.implementation, spec, q, k, v).whole(q, k, v, spec=spec)
+
+    specs = tuple(activation_spec(dims) for dims in ("BSHK", "BTGK", "BTGK"))
+    return per_shard(local, mesh=mesh, in_specs=specs, out_specs=specs[0])(q_BSHK, k_BTGK, v_BTGK)
 
 
 @dataclasses.dataclass(frozen=True)
