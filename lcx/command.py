@@ -11,6 +11,9 @@ from lcx.registry import UserError, unknown
 
 REHEARSAL_DEVICES = 8
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")  # what Linux shows of a TPU
+# Between GPUs XLA has one transfer under way at a time. So what travels in one hop of a ring has to be one message, of any size;
+# by default large parts stay apart, and all but one are waited for while nothing is computed.
+GPU_OPTIONS = {"xla_gpu_collective_permute_combine_threshold_bytes": 2**40}
 
 
 def prepare_platform() -> None:
@@ -18,7 +21,8 @@ def prepare_platform() -> None:
 
     `JAX_NUM_CPU_DEVICES` states another number. Virtual devices share the host's cores and can be late to a collective
     by minutes, so the rendezvous is told to wait. With libtpu installed to compile for TPUs, and no TPU to be seen, JAX is not
-    sent to look for one: that takes long and ends in messages about a broken TPU.
+    sent to look for one: that takes long and ends in messages about a broken TPU. Programs for GPUs get `GPU_OPTIONS`. What the
+    user's `XLA_FLAGS` has stays.
     """
     only_libtpu = importlib.util.find_spec("libtpu") is not None and importlib.util.find_spec("jax_plugins") is None
     if only_libtpu and not any(glob.glob(pattern) for pattern in TPU_DEVICES):
@@ -26,9 +30,12 @@ def prepare_platform() -> None:
     count = os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(REHEARSAL_DEVICES))
     if not count.isdecimal() or not int(count):
         raise UserError(f"JAX_NUM_CPU_DEVICES={count!r} must be an integer of at least 1")
-    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-    if patience.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
+    options = {"xla_cpu_collective_call_terminate_timeout_seconds": 600}
+    if importlib.util.find_spec("jax_plugins") is not None:
+        options |= GPU_OPTIONS
+    given = os.environ.get("XLA_FLAGS", "")
+    added = (f"--{name}={value}" for name, value in options.items() if name not in given)
+    os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 
 def arguments(

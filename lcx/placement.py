@@ -18,12 +18,15 @@ Shape = tuple[int, int, int]
 def ring_order(devices: Sequence[jax.Device], seq: int, tensor: int) -> list[jax.Device]:
     """The devices ordered for a mesh (..., seq, tensor).
 
-    Devices that say nothing about where they are, or that fill no box that the axes divide, stay as they are.
+    Devices that say nothing about where they are, or that fill no box that the axes divide, stay as they are. So do GPUs: what
+    they give as coordinates is their number, they hang on a switch, and XLA supports no other order.
 
     Args:
       devices: of one or several slices.
       seq, tensor: sizes of the two innermost axes.
     """
+    if any(device.platform == "gpu" for device in devices):
+        return list(devices)
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)

@@ -20,6 +20,7 @@ KERNELS = {
     "selective_scan": {
         "reference": "lcx.ops.selective_scan_reference",
         "chunked": "lcx.ops.selective_scan_chunked",
+        "mosaic_tpu": "pallas_kernels.selective_scan_tpu",
     },
     "ssd": {
         "reference": "lcx.ops.ssd_reference",

@@ -234,3 +234,12 @@ def test_compiles_at_a_million_tokens_and_more():
     """Nothing in proportion to the pairs of tiles: at four times the length as many bytes a token."""
     bytes_of = lambda n: compile_for("v5p", 128, "bfloat16", n, heads=(1, 1)).memory_analysis().temp_size_in_bytes / n
     assert bytes_of(2**22) <= 1.01 * bytes_of(2**20)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_compiles_where_numbers_in_an_array_are_more_than_32_bits_count():
+    """4,194,304 tokens and 8 heads of 128: 2^32 numbers in q, do and dq each, in what one chip of v5p has."""
+    compiled = compile_for("v5p", 128, "bfloat16", 2**22, heads=(8, 2))
+    assert "lcx_attention_dkv" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2**35

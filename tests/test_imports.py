@@ -55,7 +55,11 @@ COMMANDS = 15  # every other module of lcx: python -m lcx.<verb>
 
 # Packages that may import nothing of the project but these (and themselves).
 ONLY = {
-    "pallas_kernels": ("lcx.dims", "lcx.ops.types", "lcx.ops.visibility", "lcx.ops.tiling"),
+    # recurrence: what a kernel of a recurrence returns (`Affine`) and what marks mean are said there, in plain jnp.
+    "pallas_kernels": (
+        "lcx.dims",
+        *(f"lcx.ops.{name}" for name in ("types", "visibility", "tiling", "recurrence", "varying")),
+    ),
     "lcx.data": ("lcx.registry", "lcx.folders", "lcx.mesh", "lcx.command"),
     "configs": ("lcx.config", "lcx.registry"),
 }

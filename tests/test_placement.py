@@ -13,8 +13,8 @@ from lcx.placement import closed_walk, closes, ring_order, snake
 class Chip:
     """A device that knows where it is."""
 
-    def __init__(self, *coords, slice_index=0):
-        self.coords, self.slice_index = coords, slice_index
+    def __init__(self, *coords, slice_index=0, platform="tpu"):
+        self.coords, self.slice_index, self.platform = coords, slice_index, platform
 
 
 def chips(X, Y, Z=1, **options):
@@ -86,9 +86,10 @@ def test_slices_are_filled_one_after_another():
         (chips(2, 4), 1, 3),
         (chips(4, 4), 3, 1),
         (jax.devices()[:8], 4, 2),
+        (chips(1, 1, 8, platform="gpu"), 8, 1),
     ],
 )
-def test_devices_that_fill_no_box_stay_in_order(given, seq, tensor):
+def test_gpus_and_devices_that_fill_no_box_stay_in_order(given, seq, tensor):
     assert ring_order(given, seq, tensor) == given
 
 

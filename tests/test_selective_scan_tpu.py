@@ -1,0 +1,280 @@
+"""The TPU kernels of the selective scan: interpreted against the reference, what they refuse, compiled for every TPU, bundles."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.ops import selective_scan_chunked as chunked
+from lcx.ops.recurrence import marks
+from lcx.ops.selective_scan import Inputs, ScanSpec, selective_scan
+from lcx.parallel import recurrences
+from lcx.planning.bundles import environment
+from lcx.registry import UserError
+from pallas_kernels import interpret, selective_scan_tpu, selective_scan_tpu_cut, selective_scan_tpu_layout
+from tests.recurrences import QUICK, breaks, compare, runner
+from tests.test_selective_scan import OPTIONAL, problem
+from tests.tolerance import assert_close
+from tests.tpu_bundles import TARGETS
+
+uncached = pytest.mark.usefixtures("uncached")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
+)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks of 32 tokens, so that short rows have several; loops as they are written: compiling is all of these tests' time."""
+    monkeypatch.setattr(selective_scan_tpu_cut, "CHUNKS", (32,))
+    monkeypatch.setattr(selective_scan_tpu_layout, "UNROLLED", 1)
+
+
+# Interpreted.
+
+
+def test_it_equals_the_reference(short_chunks):
+    """Two tiles of channels, the second of 128; two chunks, the last of 11 tokens; documents, padding, everything optional."""
+    arrays, segments, cotangents = problem(1, 43, 1152, 2)
+    expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
+    run = runner(selective_scan, implementation="mosaic_tpu")
+    with interpret.interpreted():
+        compare(run(arrays, segments, cotangents), expected)
+        breaks(run, arrays, segments, cotangents, expected)
+
+
+def test_it_equals_the_reference_in_bf16_on_two_cores(short_chunks, monkeypatch):
+    """Nothing optional, dt as it is, three rows of whole chunks of whole tiles, which two cores share."""
+    monkeypatch.setattr(selective_scan_tpu_cut, "device_kind", lambda: "TPU v5p")
+    arrays, _, cotangents = problem(3, 64, 2048, 2, without=OPTIONAL)
+    arrays["dt_BSE"] = np.exp(arrays["dt_BSE"])
+    narrow = {name: x.astype(jnp.bfloat16) if name[-3:] in ("BSE", "BSN") else x for name, x in arrays.items()}
+    widened = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
+    expected = runner(selective_scan, implementation="reference", dt_softplus=False)(widened, None, cotangents)
+    run = runner(selective_scan, implementation="mosaic_tpu", dt_softplus=False)
+    with interpret.interpreted():
+        actual = run(narrow, None, cotangents)
+        for name, x in actual.items():
+            assert x.dtype == (jnp.bfloat16 if name == "y" or name[-3:] in ("BSE", "BSN") else jnp.float32), name
+        compare(actual, expected, dtype="bfloat16")
+        assert_close(actual["final"], expected["final"])  # states are fp32 throughout
+        with pytest.raises(AssertionError):
+            compare(run(narrow | dict(dt_BSE=narrow["dt_BSE"] * 1.125), None, cotangents), expected, dtype="bfloat16")
+
+
+def test_the_summaries_of_a_stretch(short_chunks):
+    """Against those of the chunked implementation: rows with documents that start inside, and one without."""
+    arrays, segments, (dy, _) = problem(2, 75, 128, 2, without=("initial_state_BEN",))
+    segments[1] = 1
+    inputs, spec = Inputs(**{name: jnp.asarray(x) for name, x in arrays.items()}, marks=marks(jnp.asarray(segments))), ScanSpec()
+    both = lambda backend: jax.jit(
+        lambda inputs, dy: (backend.summary(inputs, spec=spec), backend.reverse_summary(inputs, dy, spec=spec)),
+        compiler_options=QUICK,
+    )
+    expected, run = both(chunked)(inputs, dy), both(selective_scan_tpu)
+    with interpret.interpreted():
+        actual = run(inputs, dy)
+        other = run(inputs._replace(A_EN=inputs.A_EN * 1.001), dy)
+    assert np.isinf(expected[0].elapsed[0]).all() and np.isfinite(expected[0].elapsed[1]).all()
+    for got, wrong, right in zip(actual, other, expected, strict=True):
+        np.testing.assert_array_equal(np.isinf(got.elapsed), np.isinf(right.elapsed))
+        assert_close(got.elapsed[1], right.elapsed[1])
+        assert_close(got.state, right.state, gradient=True)
+        with pytest.raises(AssertionError):
+            assert_close(wrong.state, right.state, gradient=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [1, 17])
+def test_it_equals_the_reference_with_other_numbers_of_states(states, short_chunks):
+    arrays, segments, cotangents = problem(1, 75, 128, states)
+    expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        compare(runner(selective_scan, implementation="mosaic_tpu")(arrays, segments, cotangents), expected)
+
+
+@pytest.mark.slow
+def test_it_equals_the_reference_in_loops_as_on_a_device():
+    """Chunks of 128 tokens, several parts of every loop in a basic block."""
+    arrays, segments, cotangents = problem(1, 150, 128, 2)
+    expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        compare(runner(selective_scan, implementation="mosaic_tpu")(arrays, segments, cotangents), expected)
+
+
+@pytest.mark.slow
+def test_over_devices_it_equals_the_whole(short_chunks, mesh_of):
+    """Summaries, states passed between devices, and gradients, with every mesh axis manual."""
+    arrays, segments, (dy, _) = problem(1, 80, 128, 2, without=("initial_state_BEN",))
+
+    def results(arrays, mesh, implementation):
+        scan = functools.partial(recurrences.selective_scan, mesh=mesh, segments_BS=segments, implementation=implementation)
+        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
+        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
+
+    def on(mesh, implementation):
+        with jax.set_mesh(mesh):
+            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
+
+    expected = on(mesh_of(), "reference")
+    with interpret.interpreted():
+        compare(on(mesh_of(seq=4), "mosaic_tpu"), expected)
+
+
+def test_steps_so_small_that_exp_is_lost_in_one_plus_exp():
+    """The kernels' softplus against fp64, from steps of 1e-13 on."""
+    x = np.linspace(-30, 30, 2001, dtype=np.float32)
+    exact = np.logaddexp(0, x.astype(np.float64))
+    np.testing.assert_allclose(selective_scan_tpu_layout.softplus(jnp.asarray(x)), exact, rtol=3e-6)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(np.log(1 + np.exp(x)), exact, rtol=3e-6)
+
+
+# Where it runs.
+
+
+def call(E=128, N=2, dtype=jnp.float32, **changed):
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype)
+    arrays = dict(u_BSE=shape(1, 8, E), dt_BSE=shape(1, 8, E), A_EN=shape(E, N, dtype=jnp.float32))
+    arrays |= dict(B_BSN=shape(1, 8, N), C_BSN=shape(1, 8, N), D_E=shape(E)) | changed
+    return jax.eval_shape(functools.partial(selective_scan, implementation="mosaic_tpu"), **arrays)
+
+
+def test_it_says_why_it_does_not_run_here():
+    with pytest.raises(UserError, match="'mosaic_tpu' cannot run on cpu: mosaic_tpu: it is for TPU v4, TPU v5, TPU v6"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (dict(E=200), "E=200 channels; it takes multiples of 128, the nearest is 256"),
+        (dict(E=72), "E=72 channels; it takes multiples of 128, the nearest is 128"),
+        (dict(N=48), "N=48 states a channel; it takes at most 32"),
+        (dict(dtype=jnp.float16), "u_BSE has dtype float16; it takes bfloat16 and float32"),
+    ],
+)
+def test_what_it_refuses(changed, reason):
+    with interpret.interpreted(), pytest.raises(UserError, match=reason):
+        call(**changed)
+
+
+def test_what_does_not_fit_a_chip_is_refused():
+    shapes, dtypes = dict(A_EN=(8192, 16)), dict.fromkeys(("u_BSE", "dt_BSE"), jnp.dtype("bfloat16"))
+    ask = functools.partial(selective_scan_tpu.refuse, ScanSpec(), dtypes=dtypes)
+    assert ask(shapes, device_kind="TPU v5p") is None
+    reason = ask(shapes, device_kind="TPU v4")
+    fits = int(reason.rpartition("N=")[2])
+    assert ask(dict(A_EN=(8192, fits)), device_kind="TPU v4") is None
+    assert "take more memory than TPU v4 has" in ask(dict(A_EN=(8192, fits + 1)), device_kind="TPU v4")
+
+
+def test_a_mesh_that_is_left_to_the_compiler_is_refused(mesh_of):
+    x = dict(
+        zip(("u_BSE", "dt_BSE", "A_EN", "B_BSN", "C_BSN", "D_E"), map(jnp.zeros, ((1, 8, 128),) * 2 + ((128, 2),)), strict=False)
+    )
+    x |= dict(B_BSN=jnp.zeros((1, 8, 2)), C_BSN=jnp.zeros((1, 8, 2)), D_E=jnp.zeros(128))
+    with (
+        interpret.interpreted(),
+        jax.set_mesh(mesh_of(data=2)),
+        pytest.raises(UserError, match="mesh axes data, fsdp, seq, tensor"),
+    ):
+        selective_scan(**x, implementation="mosaic_tpu")
+
+
+# Ahead of time.
+
+
+def compile_for(target: str, tokens: int, channels: int, states: int, dtype="bfloat16", summaries: bool = False):
+    """Both passes on one device of a target, with everything optional; or what a device says about its tokens."""
+    from lcx.planning.topologies import topology_mesh
+
+    device = topology_mesh(TARGETS[target], data=-1).devices.reshape(-1)[:1]
+    sharding = jax.sharding.SingleDeviceSharding(device[0])
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    by_token, by_map, by_channel = shape(1, tokens, channels), shape(1, tokens, states), shape(channels, dtype="float32")
+    rates, state = shape(channels, states, dtype="float32"), shape(1, channels, states, dtype="float32")
+    arrays = Inputs(by_token, by_token, rates, by_map, by_map, by_channel, by_token, by_channel)
+    spec = ScanSpec()
+
+    def passes(inputs, segments, state, dy):
+        inputs = inputs._replace(marks=marks(segments))
+        if summaries:
+            return selective_scan_tpu.summary(inputs, spec=spec), selective_scan_tpu.reverse_summary(inputs, dy, spec=spec)
+        y, final, residuals = selective_scan_tpu.forward(inputs, state, spec=spec)
+        gradients, dinitial = selective_scan_tpu.backward(inputs, residuals, dy, final, spec=spec)
+        return y, gradients._replace(marks=None), dinitial
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh), jax.default_matmul_precision("default"):
+        return jax.jit(passes).lower(arrays, shape(1, tokens, dtype="int32"), state, by_token).compile()
+
+
+@needs_libtpu
+@uncached
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for_every_tpu(target, monkeypatch):
+    """A last tile and a last chunk that are not full; for v5p 2^22 tokens, 2^32 elements, loops unrolled."""
+    if target != "v5p":
+        monkeypatch.setattr(selective_scan_tpu_layout, "UNROLLED", 1)  # a third of the time
+    tokens, channels = (2**22, 1024) if target == "v5p" else (300, 1152)
+    assert "lcx_selective_scan_backward" in compile_for(target, tokens, channels, states=2).as_text()
+
+
+@needs_libtpu
+@uncached
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "states", "channels"), [("bfloat16", 16, 4096), ("float32", 16, 2048), ("float32", 32, 128)])
+def test_compiles_at_other_sizes(target, dtype, states, channels):
+    shapes, dtypes = dict(A_EN=(channels, states)), dict.fromkeys(("u_BSE", "dt_BSE"), jnp.dtype(dtype))
+    reason = selective_scan_tpu.refuse(ScanSpec(), shapes, dtypes, {"v4": "TPU v4"}.get(target, "TPU v5p"))
+    if reason is None:
+        compile_for(target, 1000, channels, states, dtype)
+    else:
+        assert target == "v4" and states == 32 and "take more memory" in reason
+
+
+@needs_libtpu
+@uncached
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_summaries_compile(target):
+    text = compile_for(target, 2**20, 1024, 16, summaries=True).as_text()
+    assert "lcx_selective_scan_summary" in text and "lcx_selective_scan_reverse_summary" in text
+
+
+@needs_libtpu
+@uncached
+@pytest.mark.slow
+def test_memory_at_four_million_tokens():
+    """States of the boundaries, and otherwise nothing in proportion to tokens times channels: both passes, N=16."""
+    memory = compile_for("v5p", 2**22, 1024, 16).memory_analysis()
+    boundaries = 4 * 16 / 128 * 2**22 * 1024
+    assert boundaries <= memory.temp_size_in_bytes <= 2 * boundaries
+
+
+def bundles_for(target: str, folder: pathlib.Path) -> dict[str, float]:
+    """In a process of its own: the compiler reads once where to write."""
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.tpu_bundles", target, str(folder)]
+    run = dict(cwd=root, env=environment(folder) | dict(JAX_PLATFORMS="cpu"), capture_output=True, text=True)
+    done = subprocess.run(command, **run, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
+def test_bundles(target, tmp_path):
+    """At most 40 for a token of 1,024 channels forward, and three times what the forward pass takes backward."""
+    found = bundles_for(target, tmp_path)
+    assert found["forward"] <= 40
+    assert found["backward"] <= 3 * found["forward"]
