@@ -18,7 +18,7 @@ from lcx.data.config import DataConfig
 from lcx.dims import Sizes
 from lcx.ffn import FFNS
 from lcx.mixers import MIXERS
-from lcx.parallel import layouts
+from lcx.parallel import cyclic, layouts
 from lcx.posenc import POSENCS
 from lcx.posenc.rope import Rope
 from lcx.ranges import RANGES
@@ -147,8 +147,13 @@ def resolve(conf: ml_collections.ConfigDict, full_length: int, devices: int | No
     pattern = tuple(layer_kind(conf, run, name) for name in run.pattern)
     for name in conf.layers:  # those that the pattern leaves out too: a sweep over patterns must not meet their mistakes late
         layer_kind(conf, run, name)
-    packed, tokens = blocks["data"].packing in ("concat", "best_fit"), blocks["sequence"].length // mesh_sizes["seq"]
-    balanced = [kind.mixer.balanced_layout(kind.mixer_config, packed=packed, tokens=tokens) for kind in pattern]
+    shards, data = mesh_sizes["seq"], blocks["data"]
+    row = dict(
+        packed=data.packing in ("concat", "best_fit") and not load_source(data.source)[0].generated,
+        tokens=blocks["sequence"].length // shards,
+        shards=shards,
+    )
+    balanced = [kind.mixer.balanced_layout(kind.mixer_config, **row) for kind in pattern]
     layout = stream_layout(blocks["sequence"].layout, balanced, mesh_sizes["seq"])
     if blocks["sequence"].layout == "auto" and mesh_sizes["seq"] > 1:
         pattern = tuple(dataclasses.replace(kind, layout=own) for kind, own in zip(pattern, balanced, strict=True))
@@ -294,6 +299,12 @@ def check(experiment: Experiment) -> list[str]:
         problems.append(
             f"sequence.length={e.sequence.length} must be a multiple of {multiple} for mesh.seq={shards} in layout "
             f"{' and '.join(repr(layout) for layout in multiples)}; the nearest is {near}"
+        )
+    tokens = e.sequence.length // shards
+    if "cyclic" in needed and shards > 1 and cyclic.blocks_of(max(tokens, 1), shards) == 1:
+        problems.append(
+            f"sequence.layout='cyclic' cannot cut the {tokens} tokens of a device in blocks that mesh.seq={shards} devices can "
+            "exchange: their number must divide the devices, or the devices it; 'zigzag' takes any even number of tokens"
         )
     if sizes.D % owners:
         problems.append(

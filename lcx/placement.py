@@ -76,7 +76,8 @@ def snake(shape: Shape) -> list[Shape]:
 
 
 def closed_walk(shape: Shape) -> list[Shape]:
-    """Every place in a box, each a neighbour of the next and the last of the first where `closes`; else two apart in a line.
+    """Every place in a box, each a neighbour of the next and the last of the first where `closes`; else two apart in a line, and
+    in a box of odd sides, which has no closed walk, with one long way back.
 
     In a plane: along one edge, and back in a snake through all other columns. A box is a plane whose columns are snakes.
     """

@@ -25,5 +25,6 @@ KERNELS = {
     "ssd": {
         "reference": "lcx.ops.ssd_reference",
         "chunked": "lcx.ops.ssd_chunked",
+        "mosaic_tpu": "pallas_kernels.ssd_tpu",
     },
 }

@@ -118,6 +118,10 @@ def test_auto_layout_of_long_packed_rows_is_cyclic():
     assert layout(sequence__length=2**15) == "cyclic"
     assert layout(sequence__length=2**14) == layout(sequence__length=2**15, data__packing="stream") == "zigzag"
     assert layout(sequence__length=2**15, mixers__ring__window=(9, 0)) == "contiguous"
+    assert layout(sequence__length=2**15, data__source="copy", model__vocab=64) == "zigzag"
+    assert small(mesh__seq=3, mesh__fsdp=1, model__dim=48, pattern=("ring",), sequence__length=3 * 2**13).layout == "zigzag"
+    with pytest.raises(UserError, match="'cyclic' cannot cut the 35 tokens of a device .* 'zigzag' takes"):
+        small(mesh__seq=3, model__dim=48, pattern=("ring",), sequence__length=105, sequence__layout="cyclic")
 
 
 def test_auto_layout_is_what_most_entries_of_the_pattern_like_best(config_file):

@@ -66,6 +66,8 @@ def arguments(argv: list[str]) -> Any:
     for name in (*args.implementations, args.ruler):
         if name not in TABLE:
             raise unknown("implementation", name, TABLE)
+    if (why := cannot_run(args.ruler)) is not None:
+        raise UserError(f"--ruler={args.ruler}: {why}; --ruler=chunked measures without another's kernel")
     for length in args.lengths or ():
         if length < 1 or length % MULTIPLE:
             raise UserError(f"--lengths={length} must be a multiple of {MULTIPLE}, at least that")
@@ -121,7 +123,7 @@ def run(argv: list[str]) -> int:
             f"target {found['target']}: {verdict}"
         )
 
-    row_tokens = args.chosen_lengths[-1]
+    row_tokens = max(args.chosen_lengths)
     heads = ATTENTION["llama3_8b"]
     taxes = ring_tax.measure(row_tokens, args.implementations, heads=heads, quick=args.quick, amortise=amortise)
     print("\nthe steps of a ring on one device, against one kernel of the same area\n")

@@ -15,9 +15,8 @@ from lcx.mixers import Caps, implementation_problems
 from lcx.mixers.multi_head import MultiHead, head_problems, softcap_problems
 from lcx.ops.attention import attention
 from lcx.ops.types import AttentionSpec, Mask
-from lcx.parallel import STRATEGIES
+from lcx.parallel import STRATEGIES, cyclic
 from lcx.parallel.attention import context_attention
-from lcx.parallel.cyclic import BALANCED_FROM
 from lcx.parallel.plan import Plan
 from lcx.sharding import tokenwise
 
@@ -94,13 +93,14 @@ class Attention(MultiHead):
         return registry.load(STRATEGIES, cls.strategy, field="strategy").refuse(plan)
 
     @classmethod
-    def balanced_layout(cls, config: Config, *, packed: bool, tokens: int) -> str | None:
+    def balanced_layout(cls, config: Config, *, packed: bool, tokens: int, shards: int) -> str | None:
         """zigzag where keys stay with their devices and a causal mask gives the later ones more of them; cyclic where documents
         decide who has more, and a device has blocks enough to balance long ones too. A window does not unbalance, and in
         contiguous order it needs the fewest hops."""
         if not config.causal or config.window is not None or cls.strategy == "ulysses" or not cls.caps.sharded:
             return None
-        return "cyclic" if packed and tokens >= BALANCED_FROM and "cyclic" in cls.caps.layouts else "zigzag"
+        enough = packed and cyclic.blocks_of(tokens, shards) >= cyclic.ENOUGH
+        return "cyclic" if enough and "cyclic" in cls.caps.layouts else "zigzag"
 
     @classmethod
     def score_flops(cls, config: Config, sizes: Sizes, ctx: SequenceContext) -> jax.Array:

@@ -26,13 +26,14 @@ class MultiHead(nnx.Module):
         return {}
 
     @classmethod
-    def balanced_layout(cls, config: Any, *, packed: bool, tokens: int) -> str | None:
+    def balanced_layout(cls, config: Any, *, packed: bool, tokens: int, shards: int) -> str | None:
         """The layout in which all devices have the same work; None when they have in every one that is accepted.
 
         Args:
           config: of the mixer.
           packed: a row holds many documents.
           tokens: of a row that one device holds.
+          shards: devices along the sequence.
         """
         return None
 

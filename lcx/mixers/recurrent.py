@@ -16,7 +16,7 @@ class Recurrent(nnx.Module):
     caps = Caps(layouts=("contiguous",), positions=False)
 
     @classmethod
-    def balanced_layout(cls, config: Any, *, packed: bool, tokens: int) -> str | None:
+    def balanced_layout(cls, config: Any, *, packed: bool, tokens: int, shards: int) -> str | None:
         """None: there is nothing to balance."""
         return None
 

@@ -55,22 +55,10 @@ def attention_backend(implementation: str, spec: AttentionSpec, q: Any, k: Any, 
     return dispatch.choose("attention", implementation, spec=spec, shapes=shapes, dtypes=dtypes)
 
 
-def computes_whole(implementation: str, spec: AttentionSpec, q: Any, k: Any) -> bool:
-    """Whether what would be chosen for whole rows of one document computes nothing else; a named one need not be able to.
-
-    Args:
-      implementation: a name from the table, or "auto".
-      spec: mask, scale, soft-cap; `whole`.
-      q, k: arrays of one device, or shapes with dtypes.
-    """
+def computes_whole(implementation: str) -> bool:
+    """Whether an implementation, by name, computes whole attention and nothing else."""
     table = KERNELS["attention"]
-    if implementation != "auto":
-        return implementation in table and hasattr(load(table, implementation, field="implementation"), "whole")
-    platform, device_kind = dispatch.target()
-    shapes, dtypes = ({name: getattr(x, what) for name, x in dict(q=q, k=k, v=k).items()} for what in ("shape", "dtype"))
-    modules = [load(table, name, field="implementation") for name in dispatch.PREFERENCE.get(platform, ()) if name in table]
-    first = next((module for module in modules if module.refuse(spec, shapes, dtypes, device_kind) is None), None)
-    return hasattr(first, "whole")
+    return implementation in table and hasattr(load(table, implementation, field="implementation"), "whole")
 
 
 def attention(

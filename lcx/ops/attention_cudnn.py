@@ -1,6 +1,7 @@
 """Whole attention by cuDNN, through `jax.nn.dot_product_attention`: NVIDIA GPUs since Ampere.
 
-It keeps its own residuals, so that a remat policy that saves `attention_out` runs its forward pass again.
+It keeps its own residuals, so that a remat policy that saves `attention_out` runs its forward pass again. Its backward pass adds
+up in any order: a run that goes on after it was killed is not the same to the bit.
 """
 
 import jax
@@ -8,6 +9,7 @@ import jax
 from lcx.ops.attention_whole import unsuitable, window
 
 IMPLEMENTATION = "cudnn"  # tests say "xla": the same arguments mean the same there, on any platform
+BEFORE_AMPERE = ("RTX 2060", "RTX 2070", "RTX 2080", "GTX", "TITAN", "Quadro", "T4", "V100", "P100", "K80")
 LARGEST_WIDTH = 128
 LARGEST_WIDTH_HOPPER = 256
 HOPPER_OR_LATER = ("H100", "H200", "GH200", "H800", "H20", "B100", "B200", "GB200", "B300", "GB300")
@@ -15,8 +17,8 @@ HOPPER_OR_LATER = ("H100", "H200", "GH200", "H800", "H20", "B100", "B200", "GB20
 
 def refuse(spec, shapes, dtypes, device_kind):
     """NVIDIA GPUs only; whole rows; causal masks and windows to the left; 16-bit operands."""
-    if not device_kind.startswith("NVIDIA"):
-        return f"it is for NVIDIA GPUs and this is {device_kind}"
+    if not device_kind.startswith("NVIDIA") or any(name in device_kind for name in BEFORE_AMPERE):
+        return f"it is for NVIDIA GPUs since Ampere and this is {device_kind}"
     if reason := unsuitable(spec, shapes, dtypes):
         return reason
     if spec.softcap is not None:

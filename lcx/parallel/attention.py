@@ -24,7 +24,7 @@ from lcx.parallel.plan import Plan, pack_tokens
 from lcx.registry import UserError, load
 from lcx.sharding import activation_spec, per_shard
 
-CHECKED = True  # JAX proves what differs between devices; not where Pallas interprets a kernel, which cannot
+CHECKED = True  # JAX proves what differs between devices. Tests that interpret a kernel do without: Pallas then cannot
 
 
 def context_attention(
@@ -103,8 +103,8 @@ def context_attention(
         tokens_BS = pack_tokens(segments_BS, sink_BS)
 
     plain = tokens_BS is None and alibi_slopes_H is None and sink_logits_H is None and not plan.has_sinks
-    if shards == 1 and plain and not return_lse and (o_BSHK := _by_one_kernel(plan, mesh, q_BSHK, k_BTGK, v_BTGK)) is not None:
-        return o_BSHK
+    if shards == 1 and plain and not return_lse and computes_whole(implementation):
+        return _by_one_kernel(plan, mesh, q_BSHK, k_BTGK, v_BTGK)
 
     slopes_H = None if alibi_slopes_H is None else jax.lax.stop_gradient(alibi_slopes_H)
     plan = module.settled(plan)
@@ -119,14 +119,9 @@ def context_attention(
     return (o_BSHK, lse_BHS) if return_lse else o_BSHK.astype(q_BSHK.dtype)
 
 
-def _by_one_kernel(plan: Plan, mesh: Mesh, q_BSHK, k_BTGK, v_BTGK) -> jax.Array | None:
-    """Rows that are on one device, by a kernel that computes whole attention only, with a backward pass of its own; None if the
-    choice falls on another."""
-    spec, rows = dataclasses.replace(plan.spec, whole=True), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    part = lambda x, heads: jax.ShapeDtypeStruct((x.shape[0] // rows, x.shape[1], heads, x.shape[3]), x.dtype)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        if not computes_whole(plan.implementation, spec, part(q_BSHK, plan.q_heads), part(k_BTGK, plan.kv_heads)):
-            return None
+def _by_one_kernel(plan: Plan, mesh: Mesh, q_BSHK, k_BTGK, v_BTGK) -> jax.Array:
+    """Rows that are on one device, by a kernel that computes whole attention only, with a backward pass of its own."""
+    spec = dataclasses.replace(plan.spec, whole=True)
 
     def local(q, k, v):
         return attention_backend(plan.implementation, spec, q, k, v).whole(q, k, v, spec=spec)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 512  # tokens: a tile of a kernel
-BALANCED_FROM = 16 * BLOCK  # tokens of a device: blocks enough that a row of one document too is balanced, to 6 %
+ENOUGH = 16  # blocks of a device with which a row of one document too is balanced, to 6 %
 MOST = 32  # blocks of a device: a kernel looks for the tiles it needs in every one
 
 

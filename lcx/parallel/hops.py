@@ -1,6 +1,7 @@
 """A ring of devices: who is whose neighbour, and which blocks have to come round at all."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,14 +49,18 @@ class Ring:
 
     def sum(self, tree: Any) -> Any:
         """Every array summed over the places of this device's ring."""
-        groups = None
-        if self.stride > 1:
-            groups = [[place * self.stride + i for place in range(self.size)] for i in range(self.stride)]
-        return jax.tree.map(lambda x: lax.psum(x, "seq", axis_index_groups=groups), tree)
+        if self.stride == 1:
+            return jax.tree.map(lambda x: lax.psum(x, "seq"), tree)
+        # JAX sums over no part of an axis where it checks what differs between devices.
+        groups = [[place * self.stride + i for place in range(self.size)] for i in range(self.stride)]
+        return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis_index_groups=groups).sum(0, dtype=x.dtype), tree)
 
 
+@functools.lru_cache(maxsize=1024)
 def needed_distances(mask: Mask, layout: str, length: int, size: int) -> list[int]:
     """The distances 1 ... size - 1 at which some place sees, through causality and window, a key of the place behind it."""
+    if mask.left is None:  # the last place sees every other
+        return list(range(1, size))
     first, last = run_bounds(layout, length, size)
     needed = []
     for distance in range(1, size):

@@ -25,7 +25,7 @@ def settled(plan: Plan) -> Plan:
 
 
 def refuse(plan: Plan) -> str | None:
-    """Refuses a `ulysses_degree` that devices or heads do not allow, and striped groups that are not the whole row."""
+    """Refuses a `ulysses_degree` that devices or heads do not allow, and striped or cyclic groups that are not the whole row."""
     degree = group_size(plan)
     if plan.layout in ("striped", "cyclic") and 1 < degree < plan.shards:
         return f"layout={plan.layout!r} leaves groups of {degree} devices no evenly spaced tokens; zigzag and contiguous work"

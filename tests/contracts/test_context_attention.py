@@ -234,6 +234,14 @@ def test_equal_to_whole_in_cyclic_order(mesh_of, monkeypatch, strategy, name):
     _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=4), strategy, "cyclic"))
 
 
+@pytest.mark.parametrize(("strategy", "layout"), [("ring", "cyclic"), ("ulysses_ring", "contiguous")])
+def test_equal_to_whole_with_sinks_that_are_fetched_apart(mesh_of, monkeypatch, strategy, layout):
+    """In cyclic order, and by groups of two devices of which every second holds the same part of the heads."""
+    monkeypatch.setattr(cyclic, "BLOCK", 4)
+    case = CASES["sink_tokens"]
+    _assert_equal_to_whole(case, Sharded(case, mesh_of(seq=8), strategy, layout, **_options(strategy)))
+
+
 @pytest.mark.parametrize(("strategy", "kv_heads"), [("ring", 4), ("ulysses", 8), ("allgather", 2)])
 def test_equal_to_whole_a_few_heads_at_a_time(mesh_of, monkeypatch, strategy, kv_heads):
     """As many passes as the key/value heads and the strategy allow."""

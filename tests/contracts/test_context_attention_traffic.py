@@ -33,7 +33,7 @@ def _executed(jaxpr, times: int = 1) -> Sent:
         name = equation.primitive.name.removesuffix("_invariant")
         if name in SENDS:
             for operand in equation.invars:
-                counts[name, operand.aval.str_short(short_dtypes=True)] += times
+                counts[name, operand.aval.str_short(short_dtypes=True).partition("{")[0]] += times
         inner = sum((_executed(x, times * equation.params.get("length", 1)) for x in jaxprs_in_params(equation.params)), Sent())
         assert not (inner and name == "while"), "a collective in a loop of unknown length"
         counts += inner
