@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import interpret
 from tests.tolerance import assert_close
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -60,3 +61,22 @@ def breaks(run, arrays, segments, cotangents, expected):
 
 def part_of(x, part, dim=1):
     return x if x is None else x[(slice(None),) * dim + (part,)]
+
+
+def compare_summaries(kernel, definition, inputs, spec, dy, other_inputs):
+    """What a backend says a stretch does to a state, and to a gradient: equal to another's, and not with other inputs. The first
+    row has documents that start inside, the second none."""
+    both = lambda backend: jax.jit(
+        lambda inputs, dy: (backend.summary(inputs, spec=spec), backend.reverse_summary(inputs, dy, spec=spec)),
+        compiler_options=QUICK,
+    )
+    expected, run = both(definition)(inputs, dy), both(kernel)
+    with interpret.interpreted():
+        actual, other = run(inputs, dy), run(other_inputs, dy)
+    assert np.isinf(expected[0].elapsed[0]).all() and np.isfinite(expected[0].elapsed[1]).all()
+    for got, wrong, right in zip(actual, other, expected, strict=True):
+        np.testing.assert_array_equal(np.isinf(got.elapsed), np.isinf(right.elapsed))
+        assert_close(got.elapsed[1], right.elapsed[1])
+        assert_close(got.state, right.state, gradient=True)
+        with pytest.raises(AssertionError):
+            assert_close(wrong.state, right.state, gradient=True)

@@ -19,7 +19,7 @@ from lcx.parallel import recurrences
 from lcx.planning.bundles import environment
 from lcx.registry import UserError
 from pallas_kernels import interpret, selective_scan_tpu, selective_scan_tpu_cut, selective_scan_tpu_layout
-from tests.recurrences import QUICK, breaks, compare, runner
+from tests.recurrences import breaks, compare, compare_summaries, runner
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 from tests.tpu_bundles import TARGETS
@@ -74,21 +74,7 @@ def test_the_summaries_of_a_stretch(short_chunks):
     arrays, segments, (dy, _) = problem(2, 75, 128, 2, without=("initial_state_BEN",))
     segments[1] = 1
     inputs, spec = Inputs(**{name: jnp.asarray(x) for name, x in arrays.items()}, marks=marks(jnp.asarray(segments))), ScanSpec()
-    both = lambda backend: jax.jit(
-        lambda inputs, dy: (backend.summary(inputs, spec=spec), backend.reverse_summary(inputs, dy, spec=spec)),
-        compiler_options=QUICK,
-    )
-    expected, run = both(chunked)(inputs, dy), both(selective_scan_tpu)
-    with interpret.interpreted():
-        actual = run(inputs, dy)
-        other = run(inputs._replace(A_EN=inputs.A_EN * 1.001), dy)
-    assert np.isinf(expected[0].elapsed[0]).all() and np.isfinite(expected[0].elapsed[1]).all()
-    for got, wrong, right in zip(actual, other, expected, strict=True):
-        np.testing.assert_array_equal(np.isinf(got.elapsed), np.isinf(right.elapsed))
-        assert_close(got.elapsed[1], right.elapsed[1])
-        assert_close(got.state, right.state, gradient=True)
-        with pytest.raises(AssertionError):
-            assert_close(wrong.state, right.state, gradient=True)
+    compare_summaries(selective_scan_tpu, chunked, inputs, spec, dy, inputs._replace(A_EN=inputs.A_EN * 1.001))
 
 
 @pytest.mark.slow
