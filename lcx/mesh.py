@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from lcx.placement import ring_order
@@ -78,8 +79,21 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devic
             raise UserError(f"mesh {sizes} needs {wanted} devices and there are {len(available)}")
         devices = available[:wanted]
     sizes = resolve_sizes(sizes, len(devices))
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        _compile_anew()
     grid = np.asarray(ring_order(devices, sizes["seq"], sizes["tensor"]), dtype=object).reshape([sizes[axis] for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _compile_anew() -> None:
+    """Takes JAX's compilation cache out of use.
+
+    XLA reads a program for CPUs back without the order between the collectives in its loops and those outside of them (jax
+    0.11.2): devices then take one another's messages or wait for each other for ever. Accelerators are not concerned.
+    """
+    if jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
 
 
 def initialize_distributed() -> None:

@@ -1,7 +1,6 @@
 """One process owns 32 virtual CPU devices and every test's mesh takes a subset; strict everywhere."""
 
 import os
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = (
@@ -20,9 +19,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Runs that differ only in their workdir, and the workers of one session, share their compiled programs.
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"lcx-test-compilations-{jax.__version__}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Programs read back from a cache are not those that were compiled (lcx/mesh.py), and those for a TPU that is not here cannot be.
+jax.config.update("jax_enable_compilation_cache", False)
 
 pytest_plugins = ("tests.command_line", "tests.runs")
 
@@ -33,13 +31,3 @@ def mesh_of():
     from lcx.mesh import make_mesh
 
     return make_mesh
-
-
-@pytest.fixture
-def uncached():
-    """Programs for devices that are not here are not kept: they can be written to the cache, and not be read from it."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[name]
-    jax.config.update(name, 1e9)
-    yield
-    jax.config.update(name, before)

@@ -18,7 +18,6 @@ from pallas_kernels import attention_tpu, interpret
 from pallas_kernels.attention_ranges import Pairs
 from tests.tolerance import assert_close
 
-pytestmark = pytest.mark.usefixtures("uncached")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )

@@ -1,4 +1,4 @@
-"""Joining a run of several processes: every environment that JAX knows, and none by mistake."""
+"""Joining a run of several processes: every environment that JAX knows, and none by mistake; no stored programs for CPUs."""
 
 import os
 import sys
@@ -6,11 +6,13 @@ import types
 import warnings
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
+from jax.experimental.compilation_cache import compilation_cache
 
-from lcx.mesh import initialize_distributed
+from lcx.mesh import initialize_distributed, make_mesh
 from lcx.registry import UserError
 
 PREFIXES = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "LCX_")
@@ -136,3 +138,39 @@ def test_a_run_by_hand_joins_as_stated(joins):
 def test_a_run_by_hand_that_is_not_stated_in_full_is_one_line(joins, change, text):
     with pytest.raises(UserError, match=text):
         joins(**{name: value for name, value in (BY_HAND | change).items() if value is not None})
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Names of the programs in JAX's compilation cache, which is on and takes everything."""
+    options = dict(
+        jax_enable_compilation_cache=True,
+        jax_compilation_cache_dir=str(tmp_path),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield lambda: {path.name.split("-")[0] for path in tmp_path.iterdir()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_programs_over_several_cpu_devices_are_not_read_back(stored):
+    """XLA loses the order of their collectives: they hang, or give NaN."""
+
+    def alone(x):
+        return x + 1
+
+    def together(x):
+        return x + 2
+
+    make_mesh()
+    jax.jit(alone)(jnp.zeros(3))
+    assert "jit_alone" in stored()
+    make_mesh(seq=2)
+    jax.jit(together)(jnp.zeros(3))
+    assert "jit_together" not in stored()

@@ -74,7 +74,6 @@ def test_the_state_is_taken_over_and_spread():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("length", [2**20, 2**22])
 def test_llama_7b_at_a_million_tokens_and_more_fits_a_v5e_pod(capsys, length):
     """The whole train step of the published 7B model, batch 1, 256 chips of 16 GiB. Compiled, not run."""
@@ -91,7 +90,6 @@ def test_llama_7b_at_a_million_tokens_and_more_fits_a_v5e_pod(capsys, length):
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.usefixtures("uncached")
 def test_longnet_on_a_billion_tokens_fits_a_slice_of_v5p(capsys):
     """The whole train step of `longnet_1b` over 1,024 chips; its header has the figure. Compiled, not run."""
     e = experiment.load(f"{CONFIGS}/longnet_1b.py", {"scale": "full", "model.vocab": "256"}, devices=1024)

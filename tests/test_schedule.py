@@ -15,7 +15,6 @@ from lcx.planning.schedule import bytes_sent, overlapped, transfers
 from lcx.planning.topologies import topology_mesh
 from lcx.sharding import activation_spec
 
-pytestmark = pytest.mark.usefixtures("uncached")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )

@@ -24,7 +24,6 @@ from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 from tests.tpu_bundles import TARGETS
 
-uncached = pytest.mark.usefixtures("uncached")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
@@ -203,7 +202,6 @@ def compile_for(target: str, tokens: int, channels: int, states: int, dtype="bfl
 
 
 @needs_libtpu
-@uncached
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_every_tpu(target, monkeypatch):
     """A last tile and a last chunk that are not full; for v5p 2^22 tokens, 2^32 elements, loops unrolled."""
@@ -214,7 +212,6 @@ def test_compiles_for_every_tpu(target, monkeypatch):
 
 
 @needs_libtpu
-@uncached
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "states", "channels"), [("bfloat16", 16, 4096), ("float32", 16, 2048), ("float32", 32, 128)])
@@ -228,7 +225,6 @@ def test_compiles_at_other_sizes(target, dtype, states, channels):
 
 
 @needs_libtpu
-@uncached
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_summaries_compile(target):
@@ -237,7 +233,6 @@ def test_the_summaries_compile(target):
 
 
 @needs_libtpu
-@uncached
 @pytest.mark.slow
 def test_memory_at_four_million_tokens():
     """States of the boundaries, and otherwise nothing in proportion to tokens times channels: both passes, N=16."""

@@ -25,7 +25,6 @@ from tests.recurrences import breaks, compare, compare_summaries, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
 from tests.tolerance import assert_close
 
-pytestmark = pytest.mark.usefixtures("uncached")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )

@@ -13,7 +13,7 @@ from lcx.planning.schedule import overlapped, transfers
 from lcx.sharding import activation_spec
 from tests.cuda.h100 import h100s, needs_cuda
 
-pytestmark = [needs_cuda, pytest.mark.usefixtures("uncached")]
+pytestmark = needs_cuda
 # What tests/conftest.py has XLA leave out.
 OPTIMISED = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
 
