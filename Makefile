@@ -31,7 +31,7 @@ test-next: .venv-next/installed
 
 # The GPU kernels through the CUDA compiler, which needs no GPU. 5 GB of packages, in an environment of their own.
 check-cuda: .venv-cuda/installed
-	.venv-cuda/bin/python -m pytest -q $(ARGS) tests/cuda
+	TRITON_INTERPRET=0 .venv-cuda/bin/python -m pytest -q $(ARGS) tests/cuda
 
 # Attention kernels: numerics, then speed beside cuDNN (pallas_kernels/README.md, "Measured").
 bench: $(VENV)/installed-run

@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once; to compile its kernels is for `make check-cuda`
 FLAGS = (
     "--xla_force_host_platform_device_count=32",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
