@@ -1,5 +1,6 @@
 """Reading a schedule; and that rings compiled for TPUs hide every transfer behind a kernel. Compiled, not run."""
 
+import functools
 import importlib.util
 
 import jax
@@ -74,8 +75,8 @@ def test_a_program_that_is_not_scheduled_is_refused():
         transfers("HloModule f\n")
 
 
-def compile_ring(target: str, tokens: int, kv_heads: int, heads: int = 32):
-    """Forward and backward pass of causal attention over packed documents, bf16, zigzag, over all devices of a target."""
+def compile_ring(target: str, tokens: int, kv_heads: int, heads: int = 32, layout: str = "zigzag"):
+    """Forward and backward pass of causal attention over packed documents, bf16, over all devices of a target."""
     over = topology_mesh(target, seq=-1)
     S, K = tokens * over.size, 128
 
@@ -83,7 +84,8 @@ def compile_ring(target: str, tokens: int, kv_heads: int, heads: int = 32):
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=NamedSharding(over, activation_spec(dims)))
 
     def passes(q, k, v, ids, do):
-        o, pull = jax.vjp(lambda *qkv: context_attention(*qkv, mesh=over, mask=Mask(), segments_BS=ids), q, k, v)
+        attend = functools.partial(context_attention, mesh=over, mask=Mask(), segments_BS=ids, layout=layout)
+        o, pull = jax.vjp(attend, q, k, v)
         return o, pull(do)
 
     q, k = shape("BSHK", 1, S, heads, K), shape("BTGK", 1, S, kv_heads, K)
@@ -114,6 +116,14 @@ TARGETS = ("v4:2x2x2", "v5e:2x4", "v5e-64", "v5e-256", "v5p:2x2x2", "v5p:4x4x4",
 def test_a_ring_at_8k_tokens_a_device_hides_its_transfers(target, kv_heads):
     """With 32 key/value heads half of them go each way round, and in the backward pass queries travel."""
     assert overlapped(compile_ring(target, 2**13, kv_heads).as_text()) == 1.0
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x4", "v5p:4x4x4"])
+def test_a_ring_in_cyclic_order_hides_its_transfers(target):
+    """Sixteen blocks of 512 tokens a device."""
+    assert overlapped(compile_ring(target, 2**13, 8, layout="cyclic").as_text()) == 1.0
 
 
 @needs_libtpu
