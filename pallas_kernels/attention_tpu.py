@@ -17,15 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Runs, Segments
-from pallas_kernels import interpret, tiles
+from pallas_kernels import tiles
 from pallas_kernels.attention_ranges import Pairs, Ranges, Walk, first_order, walk
 from pallas_kernels.attention_support import unsuitable
 from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, over_tiles, scores
-from pallas_kernels.mosaic_tpu import Operand, dot, launch, scalars
+from pallas_kernels.mosaic_tpu import Operand, dot, launch, not_for, scalars
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 LANES = 128
-DEVICES = ("TPU v4", "TPU v5", "TPU v6")
 # The maximum of a row that has seen nothing: hidden scores are far enough below it for exp2 to give 0.
 FLOOR = HIDDEN / 10
 
@@ -37,9 +36,7 @@ def tile_sizes(dtype: jnp.dtype) -> tuple[int, int]:
 
 def refuse(spec, shapes, dtypes, device_kind):
     """TPUs only; orders as `Runs`; head widths that fill the matrix unit's rows."""
-    if not device_kind.startswith(DEVICES) and not interpret.mode():
-        return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
-    return unsuitable(shapes, dtypes, HEAD_WIDTHS, (jnp.bfloat16, jnp.float32))
+    return not_for(device_kind) or unsuitable(shapes, dtypes, HEAD_WIDTHS, (jnp.bfloat16, jnp.float32))
 
 
 class Problem:

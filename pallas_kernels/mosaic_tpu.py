@@ -14,6 +14,22 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import interpret
 from pallas_kernels.support_mesh import varying
 
+DEVICES = ("TPU v4", "TPU v5", "TPU v6")
+# Kinds of which one device is two cores that share programs: those of "parallel" dimensions of the grid.
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+
+
+def not_for(device_kind: str) -> str | None:
+    """Why kernels of this file do not run on a device; None where they do, interpreted too."""
+    if device_kind.startswith(DEVICES) or interpret.mode():
+        return None
+    return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
+
+
+def vmem_bytes(device_kind: str) -> int:
+    """What a program may take of a core's vector memory."""
+    return 2**24 if device_kind == "TPU v4" else 2**26
+
 
 @dataclasses.dataclass
 class Operand:

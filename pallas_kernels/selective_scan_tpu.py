@@ -11,10 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.recurrence import Affine, elapsed, step_sizes
-from pallas_kernels import interpret
 from pallas_kernels import selective_scan_tpu_backward as reverse
 from pallas_kernels import selective_scan_tpu_layout as layout
 from pallas_kernels.mosaic_tpu import Operand, launch
+from pallas_kernels.scan_tpu import as_given, not_here, wrong_kind
 from pallas_kernels.selective_scan_tpu_cut import (
     GROUPS,
     LANES,
@@ -24,28 +24,22 @@ from pallas_kernels.selective_scan_tpu_cut import (
     kept_decays,
 )
 from pallas_kernels.selective_scan_tpu_layout import everywhere, of_tile, only, rows, step_size, token
-from pallas_kernels.support_mesh import left_to_compiler
 
-DEVICES = ("TPU v4", "TPU v5", "TPU v6")
-KINDS = (jnp.bfloat16, jnp.float32)
 # States a channel has at most: each takes a register of 64 for itself, and one for its gradient.
 LARGEST_STATE = 32
 
 
 def refuse(spec, shapes, dtypes, device_kind):
     """TPUs only; whole groups of 128 channels; bf16 and fp32."""
-    if not device_kind.startswith(DEVICES) and not interpret.mode():
-        return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
-    if (reason := left_to_compiler()) is not None:
+    if (reason := not_here(device_kind)) is not None:
         return reason
     E, N = shapes["A_EN"]
     if E % LANES:
         return f"E={E} channels; it takes multiples of {LANES}, the nearest is {max(LANES, (E + LANES // 2) // LANES * LANES)}"
     if N > LARGEST_STATE:
         return f"N={N} states a channel; it takes at most {LARGEST_STATE}"
-    for name in ("u_BSE", "dt_BSE", "B_BSN", "C_BSN", "z_BSE"):
-        if name in dtypes and dtypes[name] not in KINDS:
-            return f"{name} has dtype {jnp.dtype(dtypes[name])}; it takes {' and '.join(jnp.dtype(kind).name for kind in KINDS)}"
+    if (reason := wrong_kind(dtypes, ("u_BSE", "dt_BSE", "B_BSN", "C_BSN", "z_BSE"))) is not None:
+        return reason
     itemsize = max(jnp.dtype(dtypes[name]).itemsize for name in ("u_BSE", "dt_BSE", "z_BSE") if name in dtypes)
     if chunk_of(E, N, itemsize, device_kind) is None:
         fits = max((n for n in range(N) if chunk_of(E, n, itemsize, device_kind)), default=0)
@@ -113,23 +107,11 @@ def backward(inputs, residuals, dy_BSE, dfinal_state_BEN, *, spec):
         dt_bias_E=cut.by_channel(found["dbias"]) if "dbias" in found else None,
         marks=None,
     )
-    as_given = lambda x, given: None if x is None else x.astype(given.dtype)
-    gradients = type(inputs)(*(as_given(x, given) for x, given in zip(gradients, inputs, strict=True)))
-    return gradients, cut.states(found["dstate"])
+    return as_given(gradients, inputs), cut.states(found["dstate"])
 
 
-def summary(inputs, *, spec):
-    """See `lcx.ops.selective_scan`, "Backends"."""
-    return _stretch(inputs, None, spec)
-
-
-def reverse_summary(inputs, dy_BSE, *, spec):
-    """See `lcx.ops.selective_scan`, "Backends"."""
-    return _stretch(inputs, dy_BSE, spec)
-
-
-def _stretch(inputs, dy_BSE, spec) -> Affine:
-    """The whole stretch as a map of states, or of gradients of states where `dy_BSE` is given."""
+def summary(inputs, dy_BSE=None, *, spec) -> Affine:
+    """See `lcx.ops.selective_scan`, "Backends". With `dy_BSE` it is `reverse_summary`: the map of gradients of states."""
     cut, forward = Cut(inputs, reverse=dy_BSE is not None), dy_BSE is None
     read = inputs._replace(C_BSN=None, z_BSE=None) if forward else inputs._replace(u_BSE=None, B_BSN=None)
     found = _launch(
@@ -150,6 +132,9 @@ def _stretch(inputs, dy_BSE, spec) -> Affine:
     real_BS = None if inputs.marks is None else inputs.marks.real_BS
     dt_BSE = step_sizes(inputs.dt_BSE, inputs.dt_bias_E, spec.dt_softplus, real_BS)
     return Affine(elapsed(dt_BSE, inputs.marks)[..., None], cut.states(found["state"]))
+
+
+reverse_summary = summary
 
 
 def _tokens(cut: Cut, inputs) -> dict[str, Operand]:

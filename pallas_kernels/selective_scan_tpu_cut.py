@@ -5,7 +5,6 @@ states of all channels stay in the chip. Where a device has two cores and the ba
 the channels.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -14,16 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.recurrence import Marks, pad_marks
-from pallas_kernels.mosaic_tpu import Operand
+from pallas_kernels.mosaic_tpu import TWO_CORES, Operand, vmem_bytes
+from pallas_kernels.scan_tpu import LOG2E
 from pallas_kernels.tiles import device_kind
 
-LOG2E = math.log2(math.e)
 LANES, GROUPS = 128, 8
 TILE = LANES * GROUPS
 # Tokens of a program, and between two states that are kept: 4 N / chunk bytes a token and channel. The first that fits the chip.
 CHUNKS = (128, 64, 32)
-# Bytes of a core's fast memory that a program may take.
-VMEM, VMEM_OF_V4 = 64 * 2**20, 16 * 2**20
 # States of a map are padded to a multiple: rows of a register of bf16.
 MAP_ROWS = 16
 # Rows of a slab of 8 tokens in memory: group of channels j stands from row 9 j on. A load can take 8 rows at a time with a
@@ -188,14 +185,6 @@ class Cut:
         states = self.B * self.S * self.E * self.N
         size = sum(x.size * x.dtype.itemsize for x in moved if x is not None)
         return pl.CostEstimate(flops=per_state * states, transcendentals=states, bytes_accessed=size)
-
-
-TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
-
-
-def vmem_bytes(kind: str) -> int:
-    """What a program may take of the fast memory of a device."""
-    return VMEM_OF_V4 if kind == "TPU v4" else VMEM
 
 
 def chunk_of(E: int, N: int, itemsize: int, kind: str) -> int | None:

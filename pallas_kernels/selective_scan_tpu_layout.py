@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_tpu import dot
-from pallas_kernels.selective_scan_tpu_cut import GROUPS, LANES, LOG2E, SLAB, STRIDE, TILE, Cut
+from pallas_kernels.scan_tpu import LOG2E, softplus
+from pallas_kernels.selective_scan_tpu_cut import GROUPS, LANES, SLAB, STRIDE, TILE, Cut
 
-LN2 = math.log(2)
 # Tokens in rows: what one register of bf16 holds.
 ROWS = 16
 # Parts of a loop in one basic block.
@@ -87,13 +87,6 @@ def real_rows(refs, i) -> jax.Array | None:
 def only(keep: jax.Array | None, x: jax.Array) -> jax.Array:
     """x where `keep` holds, 0 elsewhere, even for what is not a number."""
     return x if keep is None else jnp.where(keep, x, 0.0)
-
-
-def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)). What is lost of exp(-|x|) in 1 + exp(-|x|) is added to the logarithm, to which it is as good as exact."""
-    small = jnp.exp2(jnp.abs(x) * -LOG2E)
-    whole = 1 + small
-    return jnp.maximum(x, 0) + (jnp.log2(whole) * LN2 + (small - (whole - 1)))
 
 
 def prepare(refs, cut: Cut, k, softplus_of_dt: bool) -> None:

@@ -20,24 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.recurrence import Affine, elapsed
-from pallas_kernels import interpret
 from pallas_kernels import ssd_tpu_backward as reverse
 from pallas_kernels.mosaic_tpu import Operand, dot, launch
+from pallas_kernels.scan_tpu import as_given, not_here, wrong_kind
 from pallas_kernels.ssd_tpu_chunk import MOST, Chunk, fill_rows, lanes_of, over_tiles, step_sizes, turn
 from pallas_kernels.ssd_tpu_cut import CHUNK, Cut
-from pallas_kernels.support_mesh import left_to_compiler
 
-DEVICES = ("TPU v4", "TPU v5", "TPU v6")
-KINDS = (jnp.bfloat16, jnp.float32)
 HEAD_WIDTHS = (64, 128)
 STATE_SIZES = (64, 128, 192, 256)
 
 
 def refuse(spec, shapes, dtypes, device_kind):
     """TPUs only; heads and states that fill the matrix unit; bf16 and fp32."""
-    if not device_kind.startswith(DEVICES) and not interpret.mode():
-        return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
-    if (reason := left_to_compiler()) is not None:
+    if (reason := not_here(device_kind)) is not None:
         return reason
     K, N = shapes["x_BSHK"][3], shapes["B_BSGN"][3]
     among = lambda valid: ", ".join(map(str, valid))
@@ -47,10 +42,7 @@ def refuse(spec, shapes, dtypes, device_kind):
         return f"state size N={N}; it takes {among(STATE_SIZES)}"
     if spec.chunk not in (None, CHUNK):
         return f"chunk={spec.chunk}; it takes {CHUNK}, or None"
-    for name in ("x_BSHK", "dt_BSH", "B_BSGN", "C_BSGN"):
-        if dtypes[name] not in KINDS:
-            return f"{name} has dtype {jnp.dtype(dtypes[name])}; it takes {' and '.join(jnp.dtype(kind).name for kind in KINDS)}"
-    return None
+    return wrong_kind(dtypes, ("x_BSHK", "dt_BSH", "B_BSGN", "C_BSGN"))
 
 
 def forward(inputs, initial_state_BHKN, *, spec):
@@ -103,23 +95,11 @@ def backward(inputs, residuals, dy_BSHK, dfinal_state_BHKN, *, spec):
         dt_bias_H=cut.of_heads(found["dbias"]) if "dbias" in found else None,
         marks=None,
     )
-    as_given = lambda x, given: None if x is None else x.astype(given.dtype)
-    gradients = type(inputs)(*(as_given(x, given) for x, given in zip(gradients, inputs, strict=True)))
-    return gradients, cut.of_state(found["dstate"])
+    return as_given(gradients, inputs), cut.of_state(found["dstate"])
 
 
-def summary(inputs, *, spec):
-    """See `lcx.ops.ssd`, "Backends"."""
-    return _stretch(inputs, None, spec)
-
-
-def reverse_summary(inputs, dy_BSHK, *, spec):
-    """See `lcx.ops.ssd`, "Backends"."""
-    return _stretch(inputs, dy_BSHK, spec)
-
-
-def _stretch(inputs, dy_BSHK, spec) -> Affine:
-    """The whole stretch as a map of states, or of gradients of states where `dy_BSHK` is given."""
+def summary(inputs, dy_BSHK=None, *, spec) -> Affine:
+    """See `lcx.ops.ssd`, "Backends". With `dy_BSHK` it is `reverse_summary`: the map of gradients of states."""
     cut, forward = Cut(inputs, reverse=dy_BSHK is not None), dy_BSHK is None
     given = _tokens(cut, inputs)
     for unread in ("C",) if forward else ("x", "B"):
@@ -140,6 +120,9 @@ def _stretch(inputs, dy_BSHK, spec) -> Affine:
     dt_BSH = step_sizes(before, spec)[0]
     dt_BSH = dt_BSH if inputs.marks is None else jnp.where(inputs.marks.real_BS[..., None], dt_BSH, 0.0)
     return Affine(elapsed(dt_BSH, inputs.marks)[..., None, None], cut.of_state(found["state"]))
+
+
+reverse_summary = summary
 
 
 def _tokens(cut: Cut, inputs) -> dict[str, Operand]:

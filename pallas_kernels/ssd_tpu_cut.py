@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx.ops.recurrence import Marks, pad_marks
-from pallas_kernels.mosaic_tpu import Operand
-from pallas_kernels.selective_scan_tpu_cut import TWO_CORES, device_kind, vmem_bytes
+from pallas_kernels.mosaic_tpu import TWO_CORES, Operand, vmem_bytes
+from pallas_kernels.tiles import device_kind
 
 LANES = 128
 # Tokens of a chunk: pairs of tokens then fill the matrix unit, and are fewer than the operations on a state of 64 to 256.
