@@ -1,8 +1,10 @@
-"""python -m lcx.bench attention | tune [options]
+"""python -m lcx.bench attention | selective_scan | ssd | tune [options]
 
 Measures the kernels on the device that is here, beside a ruler, and says on what it did:
 
     python -m lcx.bench attention           # numerics first, then times; a table, a JSON file, a plot
+    python -m lcx.bench selective_scan      # the same of Mamba-1, beside attention of its width and other scans
+    python -m lcx.bench ssd                 # the same of Mamba-2
     python -m lcx.bench tune                # tries tile sizes and writes pallas_kernels/tuned/<device>.json
 """
 

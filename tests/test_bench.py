@@ -200,13 +200,15 @@ def test_wrong_numbers_are_said_and_end_in_status_1(small, tmp_path, capsys, mon
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], "benchmark='' is not known (valid: attention, tune)"),
+        ([], "benchmark='' is not known (valid: attention, selective_scan, ssd, tune)"),
         (["atention"], "did you mean 'attention'"),
         (["attention", "--ruler", "cudnm"], "did you mean 'cudnn'"),
         (["attention", "--implementations", "chunked,x"], "implementation='x' is not known"),
         (["attention", "--lengths", "100"], "--lengths=100 must be a multiple of 32"),
         (["attention", "--quik"], "unrecognized arguments: --quik"),
         (["tune"], "no kernel with tiles to choose runs on cpu"),
+        (["ssd", "--implementations", "chunkd"], "did you mean 'chunked'"),
+        (["selective_scan", "--lengths", "0"], "--lengths=0 must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(small, capsys, arguments, message):

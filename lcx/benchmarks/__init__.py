@@ -2,5 +2,7 @@
 
 BENCHMARKS = {
     "attention": "lcx.benchmarks.attention",
+    "selective_scan": "lcx.benchmarks.selective_scan",
+    "ssd": "lcx.benchmarks.ssd",
     "tune": "lcx.benchmarks.tune",
 }

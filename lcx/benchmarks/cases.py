@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,8 @@ def ask(case: Case, implementation: str) -> None:
     attention_backend(implementation, case.spec, array(case.H), array(case.G), array(case.G), **described)
 
 
-def pullback(solve: Callable, inputs: dict[str, jax.Array]) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
-    """do -> (dq, dk, dv), compiled, with the forward pass behind it: what it keeps is on the device."""
-    _, pull = jax.jit(lambda q, k, v: jax.vjp(solve, q, k, v))(inputs["q"], inputs["k"], inputs["v"])
-    compiled = jax.jit(lambda pull, do: pull(do))
-    return lambda do: compiled(pull, do)
+def pullback(solve: Callable, *arrays: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """d(output) -> d(each of the arrays), compiled, with the forward pass behind it: what it keeps is on the device."""
+    _, pull = jax.jit(lambda *arrays: jax.vjp(solve, *arrays))(*arrays)
+    compiled = jax.jit(lambda pull, cotangent: pull(cotangent))
+    return lambda cotangent: compiled(pull, cotangent)

@@ -1,6 +1,8 @@
 """Is it right, before it is fast: every implementation against the reference in fp32, values and gradients."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,8 @@ def results(case: Case, implementation: str, inputs: dict[str, jax.Array]) -> di
       UserError: it refuses.
     """
     solve, _ = solver(case, implementation)
-    found = jax.jit(solve)(inputs["q"], inputs["k"], inputs["v"]), *pullback(solve, inputs)(inputs["do"])
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    found = jax.jit(solve)(q, k, v), *pullback(solve, q, k, v)(inputs["do"])
     return {name: np.asarray(x, np.float32) for name, x in zip(LIMITS, found, strict=True)}
 
 
@@ -50,26 +53,25 @@ def compare(cases: tuple[Case, ...], implementations: tuple[str, ...]) -> list[d
             expected = results(exact, "reference", {name: x.astype(jnp.float32) for name, x in inputs.items()})
         for name in implementations:
             row = dict(case=case.name, K=case.K, S=case.S, implementation=name)
-            rows.append(row | judged(case, name, inputs, expected))
+            row |= judged(functools.partial(results, case, name, inputs), expected, LIMITS)
+            if row["status"] == "ok":
+                row["reason"] = solver(case, name)[1]
+            rows.append(row)
     return rows
 
 
-def judged(case: Case, implementation: str, inputs: dict[str, jax.Array], expected: dict[str, np.ndarray]) -> dict:
-    """status, errors and reason of one implementation on one case."""
+def judged(find: Callable[[], dict[str, np.ndarray]], expected: dict[str, np.ndarray], limits: dict[str, float]) -> dict:
+    """status, errors and reason of what one implementation finds."""
     # One that does not even run is a result as well, and the others go on.
     try:
-        found = results(case, implementation, inputs)
+        found = find()
     except UserError as refused:
         return dict(status="refused", errors={}, reason=reason(refused))
     except Exception as error:
         return dict(status="failed", errors={}, reason=reason(error))
-    errors = {name: rms_ratio(found[name], expected[name]) for name in LIMITS}
-    wrong = [name for name in LIMITS if not errors[name] <= LIMITS[name]]
-    why = (
-        f"{', '.join(wrong)} over {', '.join(f'{LIMITS[name]:g}' for name in wrong)}"
-        if wrong
-        else solver(case, implementation)[1]
-    )
+    errors = {name: rms_ratio(found[name], expected[name]) for name in limits}
+    wrong = [name for name in limits if not errors[name] <= limits[name]]
+    why = f"{', '.join(wrong)} over {', '.join(f'{limits[name]:g}' for name in wrong)}" if wrong else ""
     return dict(status="wrong" if wrong else "ok", errors=errors, reason=why)
 
 

@@ -81,3 +81,31 @@ def plot_ratios(rows: Sequence[dict[str, Any]], ruler: str, targets: dict[str, f
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_times(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Time of a token against the length, logarithmic: a panel for each problem and direction, a line for each implementation
+    and, where a device's figures are known, one for the least that it could take."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    problems = list(dict.fromkeys((row["case"], row["direction"]) for row in rows))
+    across = min(2, len(problems))
+    down = -(-len(problems) // across)
+    figure, panels = plt.subplots(down, across, figsize=(6 * across, 4.2 * down), constrained_layout=True, squeeze=False)
+    for axes, (case, direction) in zip(panels.flat, problems, strict=False):
+        mine = [row for row in rows if (row["case"], row["direction"]) == (case, direction) and row["milliseconds"] is not None]
+        of_token = lambda row, what: 1e6 * row[what] / (row["B"] * row["S"])
+        for name in dict.fromkeys(row["implementation"] for row in mine):
+            points = sorted((row["S"], of_token(row, "milliseconds")) for row in mine if row["implementation"] == name)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        if least := sorted({(row["S"], of_token(row, "floor")) for row in mine if row["floor"] is not None}):
+            axes.plot(*zip(*least, strict=True), color="black", linewidth=1, linestyle="dotted", label="least possible")
+        axes.set(yscale="log", xlabel="tokens in a row", ylabel="nanoseconds a token", title=f"{direction}, {case}")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -41,7 +41,7 @@ def thunks(case: Case, direction: str, names: tuple[str, ...]) -> tuple[dict[str
             if direction == "forward":
                 run[name] = functools.partial(jax.jit(solve), inputs["q"], inputs["k"], inputs["v"])
             else:
-                run[name] = functools.partial(pullback(solve, inputs), inputs["do"])
+                run[name] = functools.partial(pullback(solve, inputs["q"], inputs["k"], inputs["v"]), inputs["do"])
         except Exception as error:
             remarks[name] = reason(error)
     return run, remarks
