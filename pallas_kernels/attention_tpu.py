@@ -1,6 +1,6 @@
-"""Attention for TPU (Pallas Mosaic): forward, gradient of the queries, gradients of keys and values.
+"""Attention for TPU (Pallas Mosaic): forward, and all gradients in one pass of five products.
 
-One program computes a tile of queries (of keys, for dk and dv) against the tiles that it sees and no others: their numbers come
+One program computes a tile of queries (for gradients: of keys) against the tiles that it sees and no others: their numbers come
 as intervals (`attention_ranges`), and a loop copies tile after tile into the chip, the next one while the last is computed. A
 tile whose every pair is seen is computed without a mask. A carried partial is where the running softmax starts from.
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -20,7 +21,7 @@ from lcx.ops.types import AttentionSpec, Runs, Segments
 from pallas_kernels import tiles
 from pallas_kernels.attention_ranges import Pairs, Ranges, Walk, first_order, walk
 from pallas_kernels.attention_support import unsuitable
-from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, Tile, either, over_tiles, scores
+from pallas_kernels.attention_tpu_tile import HIDDEN, LOG2E, RETURNING, Tile, either, over_tiles, scores
 from pallas_kernels.mosaic_tpu import Operand, dot, launch, not_for, scalars
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
@@ -141,91 +142,92 @@ def backward(q_BSHK, k_BTGK, v_BTGK, do_BSHK, lse_BHS, delta_BHS, *, spec, order
     # lse = +inf makes every weight of an empty row exp2(-inf) = 0, and of a row that pads a tile.
     lse = p.rows(jnp.where(lse_BHS == -jnp.inf, jnp.inf, lse_BHS * LOG2E), jnp.inf)
     rows = dict(do=p.heads_first(do_BSHK.astype(v_BTGK.dtype), p.q_tiles), lse=lse, delta=p.rows(delta_BHS, 0.0))
-    dq = _query_gradient(p, rows)
-    dk, dv = _key_gradients(p, rows)
-    return p.tokens_first(dq, p.q_tiles), p.tokens_first(dk, p.k_tiles), p.tokens_first(dv, p.k_tiles)
+    found = _gradients(p, rows)
+    return p.tokens_first(found["dq"], p.q_tiles), *(p.tokens_first(found[name], p.k_tiles) for name in ("dk", "dv"))
 
 
-def _weights_and_gradient(p: Problem, q_bK, k_cK, v_cK, do_bK, lse_1b, delta_1b, tile, masked) -> tuple[jax.Array, jax.Array]:
-    """(weights, d(score)), each (keys, queries), fp32."""
-    s_cb, bend = p.scores(q_bK, k_cK, tile, masked)
-    weights_cb = jnp.exp2(s_cb - lse_1b)
-    ds_cb = weights_cb * (dot(v_cK, do_bK, 1, 1) - delta_1b)
-    return weights_cb, ds_cb if bend is None else ds_cb * bend
+def _gradients(p: Problem, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Every key tile against the queries of all heads that share it, one after another.
 
-
-def _query_gradient(p: Problem, rows: dict[str, jax.Array]) -> jax.Array:
-    keys, slots = _streamed_keys(p)
-
-    def kernel(refs):
-        refs.sum_dq[...] = jnp.zeros(refs.sum_dq.shape, jnp.float32)
-
-        def step(k_cK, v_cK, tile, masked):
-            arrays = refs.q[...], k_cK, v_cK, refs.do[...], refs.lse[...], refs.delta[...]
-            _, ds_cb = _weights_and_gradient(p, *arrays, tile, masked)
-            refs.sum_dq[...] += dot(k_cK, ds_cb.astype(k_cK.dtype), 0, 0)
-
-        _over_keys(p, refs, step)
-        refs.dq[...] = refs.sum_dq[...].T * p.spec.scale
-
-    found = launch(
-        kernel,
-        "lcx_attention_dq",
-        grid=(p.B, p.H, p.q_tiles.count),
-        inputs=p.common | keys | _of_queries(p, q=p.q, documents_q=p.documents_q, **rows),
-        outputs=_of_queries(p, dq=jax.ShapeDtypeStruct(p.q.shape, jnp.float32)),
-        scratch=slots | dict(sum_dq=pltpu.VMEM((p.K, p.q_tiles.size), jnp.float32)),
-        cost=p.cost(products=3),
-    )
-    return found["dq"]
-
-
-def _key_gradients(p: Problem, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Every key tile against the queries of all heads that share it, one after another: no two programs add to one sum."""
+    dk and dv of the tile stay in the chip. dq stands in HBM; its tiles come, are added to and go back. The programs of a head run
+    in order, so no two add to one sum at a time, and the order of the additions is always the same.
+    """
     members, c = p.H // p.G, p.k_tiles.size
     streamed = dict(q=p.q, documents_q=p.documents_q, **rows)
     of_keys = lambda x: Operand(x, pl.BlockSpec((None, None, c, p.K), lambda b, g, j: (b, g, j, 0)))
     row_of_keys = lambda x: Operand(x, pl.BlockSpec((None, 1, c), lambda b, g, j: (b, 0, j)))
     own = dict(k=of_keys(p.k), v=of_keys(p.v), documents_k=row_of_keys(p.documents_k), sinks=row_of_keys(p.sinks))
-    shape = jax.ShapeDtypeStruct(p.k.shape, jnp.float32)
+    dkv = of_keys(jax.ShapeDtypeStruct(p.k.shape, jnp.float32))
+    dq = Operand(jax.ShapeDtypeStruct(p.q.shape, jnp.float32))
 
     def kernel(refs):
         b, g, j = (pl.program_id(dim) for dim in range(3))
         first_k = first_order(refs.starts_k, p.k_tiles, j)
         refs.dk[...] = jnp.zeros(refs.dk.shape, jnp.float32)
         refs.dv[...] = jnp.zeros(refs.dv.shape, jnp.float32)
+        head = lambda member: g * members + member
+        pl.when(j == 0)(lambda: _clear(refs, lambda member: (b, head(member)), members, p.q_tiles))
 
-        def copies(tile, member, slot):
-            place = lambda name: (b,) if name == "documents_q" else (b, g * members + member)
-            return _copies(refs, streamed, p.q_tiles, place, tile, slot)
+        def copies(tile, member, t):
+            place = lambda name: (b,) if name == "documents_q" else (b, head(member))
+            added = pltpu.make_async_copy(*_sum(refs, (b, head(member)), p.q_tiles, tile, t), refs.added.at[t % 2])
+            return [*_copies(refs, streamed, p.q_tiles, place, tile, t % 2), added]
 
-        def visit(slot, member, first_q, full):
-            slope = None if refs.slopes is None else refs.slopes[g * members + member]
+        def returned(tile, member, t):
+            array, slot = _sum(refs, (b, head(member)), p.q_tiles, tile, t)
+            return [pltpu.make_async_copy(slot, array, refs.returned.at[t % RETURNING])]
+
+        def visit(t, member, first_q, full):
+            slot = t % 2
+            slope = None if refs.slopes is None else refs.slopes[head(member)]
             documents_q = None if refs.documents_q is None else refs.documents_q_slots[slot]
             tile = Tile(first_q, first_k, documents_q, _whole(refs.documents_k), _whole(refs.sinks), slope)
 
             def compute(masked):
-                q_bK, do_bK = refs.q_slots[slot], refs.do_slots[slot]
-                arrays = q_bK, refs.k[...], refs.v[...], do_bK, refs.lse_slots[slot], refs.delta_slots[slot]
-                weights_cb, ds_cb = _weights_and_gradient(p, *arrays, tile, masked)
+                q_bK, k_cK, do_bK = refs.q_slots[slot], refs.k[...], refs.do_slots[slot]
+                s_cb, bend = p.scores(q_bK, k_cK, tile, masked)
+                weights_cb = jnp.exp2(s_cb - refs.lse_slots[slot])
+                ds_cb = weights_cb * (dot(refs.v[...], do_bK, 1, 1) - refs.delta_slots[slot])
+                ds_cb = (ds_cb if bend is None else ds_cb * bend).astype(q_bK.dtype)
                 refs.dv[...] += dot(weights_cb.astype(do_bK.dtype), do_bK, 1, 0)
-                refs.dk[...] += dot(ds_cb.astype(q_bK.dtype), q_bK, 1, 0)
+                refs.dk[...] += dot(ds_cb, q_bK, 1, 0)
+                refs.dq_slots[t % RETURNING] += dot(k_cK, ds_cb, 0, 0).T * p.spec.scale
 
             either(full, compute)
 
-        over_tiles(_walk(refs.ranges, refs.starts_q, p.q_tiles), copies, visit, members=members)
+        over_tiles(_walk(refs.ranges, refs.starts_q, p.q_tiles), copies, visit, members, returned)
         refs.dk[...] *= p.spec.scale
 
-    found = launch(
+    semaphores = dict(added=pltpu.SemaphoreType.DMA((2,)), returned=pltpu.SemaphoreType.DMA((RETURNING,)))
+    return launch(
         kernel,
-        "lcx_attention_dkv",
+        "lcx_attention_backward",
         grid=(p.B, p.G, p.k_tiles.count),
         inputs=p.common | {name: Operand(x) for name, x in streamed.items()} | own | _intervals(p.pairs.over_queries()),
-        outputs=dict(dk=of_keys(shape), dv=of_keys(shape)),
-        scratch=_slots(streamed, p.q_tiles),
-        cost=p.cost(products=4),
+        outputs=dict(dq=dq, dk=dkv, dv=dkv),
+        scratch=_slots(streamed, p.q_tiles)
+        | dict(dq_slots=pltpu.VMEM((RETURNING, p.q_tiles.size, p.K), jnp.float32), **semaphores),
+        cost=p.cost(products=5),
     )
-    return found["dk"], found["dv"]
+
+
+def _sum(refs, place: tuple, tiling: Tiling, tile: jax.Array, t: jax.Array) -> tuple:
+    """(the tile of dq in HBM, where it is added to)."""
+    tokens = pl.ds(pl.multiple_of(tile * tiling.size, tiling.size), tiling.size)
+    return refs.dq.at[place].at[tokens], refs.dq_slots.at[t % RETURNING]
+
+
+def _clear(refs, place: Callable[[jax.Array], tuple], members: int, tiling: Tiling) -> None:
+    """Zeros in every tile of dq of the heads that share the keys. Here: a pass of XLA would be one to hide transfers behind."""
+    refs.dq_slots[0] = jnp.zeros(refs.dq_slots.shape[1:], jnp.float32)
+
+    def copy(i):
+        array, zeros = _sum(refs, place(i // tiling.count), tiling, i % tiling.count, 0)
+        return pltpu.make_async_copy(zeros, array, refs.returned.at[0])
+
+    n = members * tiling.count
+    lax.fori_loop(0, n, lambda i, _: copy(i).start(), None)
+    lax.fori_loop(0, n, lambda i, _: copy(i).wait(), None)
 
 
 # What the references are, and what is streamed past a program.
@@ -289,12 +291,13 @@ def _over_keys(p: Problem, refs, step: Callable[[jax.Array, jax.Array, Tile, boo
     first_q = first_order(refs.starts_q, p.q_tiles, i)
     place = lambda name: (n, h // (p.H // p.G)) if name in ("k", "v") else (n,)
 
-    def visit(slot, _, first_k, full):
+    def visit(t, _, first_k, full):
+        slot = t % 2
         read = lambda ref: None if ref is None else ref[slot]
         slope = None if refs.slopes is None else refs.slopes[h]
         rows = _whole(refs.documents_q), read(refs.documents_k_slots), read(refs.sinks_slots)
         tile = Tile(first_q, first_k, *rows, slope)
         either(full, lambda masked: step(refs.k_slots[slot], refs.v_slots[slot], tile, masked))
 
-    copies = lambda tile, _, slot: _copies(refs, ("k", "v", "documents_k", "sinks"), p.k_tiles, place, tile, slot)
+    copies = lambda tile, _, t: _copies(refs, ("k", "v", "documents_k", "sinks"), p.k_tiles, place, tile, t % 2)
     over_tiles(_walk(refs.ranges, refs.starts_k, p.k_tiles), copies, visit)

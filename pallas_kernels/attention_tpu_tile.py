@@ -22,6 +22,7 @@ from pallas_kernels.mosaic_tpu import dot, to_sublanes
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite, so that differences are
 NO_DOCUMENT = -(2**31)  # of a padding query, and no key's
+RETURNING = 3  # visits whose results are on their way in, being computed, and on their way back
 
 
 class Tile(NamedTuple):
@@ -88,30 +89,43 @@ def either(full: jax.Array, compute: Callable[[bool], None]) -> None:
     pl.when(jnp.logical_not(full))(lambda: compute(True))
 
 
-def over_tiles(walk: Walk, copies, visit, members: int = 1) -> None:
-    """visit(slot, member, first order, whether no pair is hidden) for each tile, while the next one is copied.
+def over_tiles(walk: Walk, copies, visit, members: int = 1, returned=None) -> None:
+    """visit(t, member, first order, whether no pair is hidden) for each tile in turn, while the next one is copied.
 
     Args:
       walk: the tiles.
-      copies: copies(tile, member, slot) -> the copies that bring a tile into one of two slots.
+      copies: copies(tile, member, t) -> the copies that bring what visit t reads. Slots for two visits are enough, but for what
+        is returned.
       visit: what is computed with it.
       members: how many times each tile is visited, for the query heads that share the keys.
+      returned: the same for the copies that take back what visit t has changed, out of `RETURNING` slots; None changes nothing.
     """
-    of = lambda t: copies(walk.locate(t // members)[0], t % members, t % 2)
+    total = walk.total * members
+    of = lambda copies, t: copies(walk.locate(t // members)[0], t % members, t)
+
+    def wait(copies, t):
+        for copy in of(copies, t):
+            copy.wait()
 
     def step(t, _):
-        @pl.when(t + 1 < walk.total * members)
+        @pl.when(t + 1 < total)
         def begin_next():
-            for copy in of(t + 1):
+            if returned is not None:
+                pl.when(t + 1 >= RETURNING)(lambda: wait(returned, t + 1 - RETURNING))
+            for copy in of(copies, t + 1):
                 copy.start()
 
-        for copy in of(t):
-            copy.wait()
-        visit(t % 2, t % members, *walk.locate(t // members)[1:])
+        wait(copies, t)
+        visit(t, t % members, *walk.locate(t // members)[1:])
+        if returned is not None:
+            for copy in of(returned, t):
+                copy.start()
 
-    @pl.when(walk.total > 0)
+    @pl.when(total > 0)
     def begin():
-        for copy in of(jnp.int32(0)):
+        for copy in of(copies, jnp.int32(0)):
             copy.start()
 
-    lax.fori_loop(jnp.int32(0), walk.total * members, step, None)
+    lax.fori_loop(jnp.int32(0), total, step, None)
+    if returned is not None:
+        lax.fori_loop(jnp.maximum(total - RETURNING, 0), total, lambda t, _: wait(returned, t), None)

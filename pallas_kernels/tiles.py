@@ -19,7 +19,7 @@ Sizes = tuple[int, int]
 
 # Kernel -> (tokens of a program's own tile, tokens of a tile that is streamed past it).
 HEURISTICS: dict[str, Sizes] = {
-    # All three kernels: queries, keys. An fp32 product is six bf16 ones, so that a quarter of a tile is work enough.
+    # Both kernels: queries, keys. An fp32 product is six bf16 ones, so that a quarter of a tile is work enough.
     "tpu_bfloat16": (512, 512),
     "tpu_float32": (256, 256),
     # What fits 227 KiB of shared memory and the registers of a warpgroup, without spills (tests/cuda). By head width.

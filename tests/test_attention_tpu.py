@@ -118,7 +118,7 @@ def test_intervals_hold_every_visible_pair_and_nothing_else():
 
 
 def run_simulated(monkeypatch) -> tuple[bool, jax.Array, jax.Array]:
-    """(whether the simulated chip saw a race, dv, expected dv) of a packed causal call of several tiles: all three kernels."""
+    """(whether the simulated chip saw a race in the last kernel, dq, expected dq) of a packed causal call of several tiles."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     monkeypatch.setattr(attention_tpu, "tile_sizes", lambda dtype: (128, 128))
@@ -129,29 +129,35 @@ def run_simulated(monkeypatch) -> tuple[bool, jax.Array, jax.Array]:
 
     def gradient(implementation):
         options = dict(mask=Mask(), segments_q_BS=ids, segments_k_BT=ids, implementation=implementation)
-        return jax.grad(lambda *qkv: jnp.sin(attention(*qkv, **options)).sum(), argnums=(0, 1, 2))(q, k, v)[2]
+        return jax.grad(lambda *qkv: jnp.sin(attention(*qkv, **options)).sum(), argnums=(0, 1, 2))(q, k, v)[0]
 
     pltpu.reset_tpu_interpret_mode_state()
     with interpret.interpreted(pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")):
-        dv = gradient("mosaic_tpu").block_until_ready()
-    return interpret_pallas_call.races.races_found, dv, gradient("chunked")
+        dq = gradient("mosaic_tpu").block_until_ready()
+    return interpret_pallas_call.races.races_found, dq, gradient("chunked")
 
 
 def test_no_race(monkeypatch):
-    raced, dv, expected = run_simulated(monkeypatch)
+    raced, dq, expected = run_simulated(monkeypatch)
     assert not raced
-    assert_close(dv, expected, gradient=True)
+    assert_close(dq, expected, gradient=True)
 
 
-def test_a_copy_that_is_not_waited_for_is_a_race(monkeypatch):
-    """The twin: a seeded bug is seen."""
-    right = attention_tpu._copies
+@pytest.mark.parametrize("into_the_chip", [True, False])
+def test_a_copy_that_is_not_waited_for_is_a_race(monkeypatch, into_the_chip):
+    """The twin: a seeded bug is seen, in what comes and in what goes back."""
+    right = pltpu.make_async_copy
 
     class Hasty:
         def __init__(self, copy):
             self.start, self.wait = copy.start, lambda: None
 
-    monkeypatch.setattr(attention_tpu, "_copies", lambda *args: [Hasty(copy) for copy in right(*args)])
+    def copy(source, to, semaphore):
+        comes = "vmem" in str(jax.typeof(to.ref).memory_space)
+        made = right(source, to, semaphore)
+        return Hasty(made) if comes == into_the_chip else made
+
+    monkeypatch.setattr(pltpu, "make_async_copy", copy)
     assert run_simulated(monkeypatch)[0]
 
 
@@ -223,21 +229,25 @@ COMPILED = [
 @needs_libtpu
 @pytest.mark.parametrize(("target", "K"), COMPILED)
 def test_compiles_for_every_tpu(target, K):
-    assert "lcx_attention_dkv" in compile_for(target, K, "bfloat16").as_text()
+    assert "lcx_attention_backward" in compile_for(target, K, "bfloat16").as_text()
 
 
 @needs_libtpu
 @pytest.mark.parametrize("K", [pytest.param(K, marks=[] if K == 128 else pytest.mark.slow) for K in attention_tpu.HEAD_WIDTHS])
 def test_compiles_in_fp32(K):
-    assert "lcx_attention_dkv" in compile_for("v5e", K, "float32").as_text()
+    assert "lcx_attention_backward" in compile_for("v5e", K, "float32").as_text()
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_compiles_at_a_million_tokens_and_more():
-    """Nothing in proportion to the pairs of tiles: at four times the length as many bytes a token."""
-    bytes_of = lambda n: compile_for("v5p", 128, "bfloat16", n, heads=(1, 1)).memory_analysis().temp_size_in_bytes / n
-    assert bytes_of(2**22) <= 1.01 * bytes_of(2**20)
+    """At four times the length as many bytes a token, besides two for each pair of tiles where sinks are looked for."""
+
+    def bytes_of(n):
+        temporary = compile_for("v5p", 128, "bfloat16", n, heads=(1, 1)).memory_analysis().temp_size_in_bytes
+        return (temporary - 2 * (n // 512) ** 2) / n
+
+    assert 0 < bytes_of(2**22) <= 1.01 * bytes_of(2**20)
 
 
 @needs_libtpu
@@ -245,5 +255,5 @@ def test_compiles_at_a_million_tokens_and_more():
 def test_compiles_where_numbers_in_an_array_are_more_than_32_bits_count():
     """4,194,304 tokens and 8 heads of 128: 2^32 numbers in q, do and dq each, in what one chip of v5p has."""
     compiled = compile_for("v5p", 128, "bfloat16", 2**22, heads=(8, 2))
-    assert "lcx_attention_dkv" in compiled.as_text()
+    assert "lcx_attention_backward" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes <= 2**35

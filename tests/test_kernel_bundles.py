@@ -21,18 +21,18 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
 ROOT = pathlib.Path(__file__).parent.parent
-KERNELS = ("forward", "dq", "dkv")
+KERNELS = ("forward", "backward")
 # Bundles for one pair of tiles, 512 queries by 512 keys, K=128, bf16, causal, packed documents: (nothing hidden, masked).
 # By target and runs a side: one, and the sixteen of cyclic order. Measured with libtpu 0.0.48.1; a budget is 3 % more.
 MEASURED = {
-    ("v5p:2x2x1", 1): dict(forward=(1397, 1682), dq=(1559, 1776), dkv=(1895, 2160)),
-    ("v5e:2x2", 1): dict(forward=(1427, 1556), dq=(1481, 1774), dkv=(1895, 2118)),
-    ("v6e:2x2", 1): dict(forward=(1013, 1303), dq=(957, 1350), dkv=(1180, 1547)),
-    ("v5p:2x2x1", 16): dict(forward=(1400, 1694), dq=(1565, 1796), dkv=(1901, 2181)),
+    ("v5p:2x2x1", 1): dict(forward=(1397, 1682), backward=(2524, 2694)),
+    ("v5e:2x2", 1): dict(forward=(1427, 1556), backward=(2422, 2598)),
+    ("v6e:2x2", 1): dict(forward=(1013, 1303), backward=(1457, 1835)),
+    ("v5p:2x2x1", 16): dict(forward=(1400, 1694), backward=(2530, 2708)),
 }
 MARGIN = 1.03
-# Bytes of a kernel, of the 16 MiB that the compiler lets it have. Measured: 2.2 to 3.6 MiB, of which 1 MiB is spilled registers.
-VMEM = 2**22
+# Bytes of a kernel, of the 16 MiB that the compiler lets it have. Measured: 2.2 to 4.3 MiB, of which 1 MiB is spilled registers.
+VMEM = 9 * 2**19
 
 
 # The reader.
