@@ -267,7 +267,7 @@ def test_tuning_traces_each_candidate_and_writes_the_fastest(small, monkeypatch,
     """On a stand-in for a kernel: it asks for its tiles as one does, and the clock says that large ones are fast."""
     heuristics = {"hopper_forward_8": (64, 64), "hopper_dkv_8": (64, 64)}
     monkeypatch.setattr(tiles, "HEURISTICS", heuristics)
-    monkeypatch.setattr(tiles, "CANDIDATES", dict(hopper=((64, 64), (128, 64), (128, 999))))
+    monkeypatch.setattr(tiles, "CANDIDATES", dict(hopper=((64, 64), (128, 64), (256, 64), (128, 999))))
     monkeypatch.setattr(tune, "ATTENTION", dict(tiny=TINY))
     monkeypatch.setattr(tune, "IMPLEMENTATIONS", dict(hopper="chunked"))
     monkeypatch.setattr(tune, "TOKENS", 16)
@@ -278,7 +278,7 @@ def test_tuning_traces_each_candidate_and_writes_the_fastest(small, monkeypatch,
         def run(*args, **options):
             sizes = tiles.tile_sizes(kernel)
             traced.append((kernel, sizes))
-            if sizes[1] == 999:
+            if sizes[1] == 999 or (sizes[0] == 256 and options["spec"].softcap):
                 raise RuntimeError("does not fit")
             return function(*args, **options)
 
@@ -301,9 +301,11 @@ def test_tuning_traces_each_candidate_and_writes_the_fastest(small, monkeypatch,
     assert command.status(bench.run, ["tune", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "cpu.json").read_text())
     assert written["tiles"] == {"hopper_forward_8": [128, 64], "hopper_dkv_8": [128, 64]}
-    assert [row["note"] for row in written["measured"]] == ["", "", "RuntimeError: does not fit"] * 2
+    notes = [f"{variant}: RuntimeError: does not fit" for variant in ("everything", "causal")]
+    assert [row["note"] for row in written["measured"]] == ["", "", *notes] * 2
     assert written["conditions"]["device_kind"] == jax.devices()[0].device_kind
-    assert [sizes for _, sizes in traced] == [(64, 64), (128, 64), (128, 999)] * 2
+    tried = [(64, 64), (128, 64), (256, 64)]
+    assert [sizes for _, sizes in traced] == [*tried, (128, 999), *tried] * 2
 
 
 # What the README shows.

@@ -1,5 +1,7 @@
-"""Tile sizes of the attention kernels: tries each candidate on this device and keeps the fastest."""
+"""Tile sizes of the attention kernels: tries each candidate on this device and keeps the fastest that takes every feature."""
 
+import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from lcx.benchmarks.cases import Case
 from lcx.benchmarks.timing import Timing, interleaved
 from lcx.ops import dispatch
 from lcx.ops.attention import attention_backend
-from lcx.ops.types import AttentionSpec, Mask, Segments, contiguous
+from lcx.ops.types import AttentionSpec, Mask, Runs, Segments, contiguous
 from lcx.registry import UserError
 from pallas_kernels import tiles
 from pallas_kernels.specs import ATTENTION, Heads
@@ -24,24 +26,41 @@ ROUNDS, BUDGET = 9, 5.0
 # The implementation whose tiles are tuned, by the first word of a kernel's name.
 IMPLEMENTATIONS = {"tpu": "mosaic_tpu", "hopper": "mosaic_gpu"}
 # Of forward(...) -> o, lse and backward(...) -> dq, dk, dv, what keeps only this kernel; XLA leaves the others out.
-PARTS = {"forward": slice(0, 2), "dq": slice(0, 1), "dkv": slice(1, 3)}
+PARTS = {"forward": slice(0, 2), "backward": slice(0, 3), "dq": slice(0, 1), "dkv": slice(1, 3)}
+# Rows of one document; and everything at once, which takes the most registers and memory.
+VARIANTS = ("causal", "everything")
+DOCUMENTS, WINDOW, SINKS, SOFTCAP = 8, 4096, 4, 30.0
 
 
 def problems(kernel: str) -> list[tuple[Heads, str, tuple[str, ...]]]:
     """(heads, dtype, parts) on which a kernel of `tiles.HEURISTICS` is measured: the models that have its head width."""
     _, *words = kernel.split("_")
-    if len(words) == 1:  # by dtype, and for all three parts
-        return [(heads, words[0], tuple(PARTS)) for heads in ATTENTION.values()]
+    if len(words) == 1:  # by dtype, and for both kernels
+        return [(heads, words[0], ("forward", "backward")) for heads in ATTENTION.values()]
     return [(heads, "bfloat16", (words[0],)) for heads in ATTENTION.values() if heads.K == int(words[1])]
 
 
-def program(implementation: str, part: str, inputs: dict[str, jax.Array], sizes: dict[str, tuple[int, int]]) -> Callable[[], Any]:
-    """Runs one part of causal attention, whose kernels have these tile sizes."""
+def described(variant: str, B: int, S: int, K: int) -> dict[str, Any]:
+    """The keywords of a backend for one of `VARIANTS`; "everything" is packed rows in zigzag order."""
+    if variant == "causal":
+        order, segments = contiguous(S), Segments(None, None)
+        return dict(spec=AttentionSpec(Mask(), K**-0.5), order_q=order, order_k=order, segments=segments)
+    spec = AttentionSpec(Mask(window=(WINDOW, 0), sink_tokens=SINKS), K**-0.5, SOFTCAP)
+    order = Runs(jnp.asarray([0, 3 * (S // 2)], jnp.int32), S // 2)
+    length = -(-S // DOCUMENTS)
+    ids_BS, place_BS = (jnp.broadcast_to(x, (B, S)) for x in (1 + jnp.arange(S) // length, jnp.arange(S) % length))
+    return dict(spec=spec, order_q=order, order_k=order, segments=Segments(ids_BS, ids_BS, place_BS < SINKS))
+
+
+def program(
+    implementation: str, part: str, variant: str, inputs: dict[str, jax.Array], sizes: dict[str, tuple[int, int]]
+) -> Callable[[], Any]:
+    """Runs one part of attention, whose kernels have these tile sizes."""
     q, k, v, do = inputs.values()
     B, S, H, K = q.shape
-    spec, order = AttentionSpec(Mask(), K**-0.5), contiguous(S)
-    backend = attention_backend(implementation, spec, q, k, v)
-    options = dict(spec=spec, order_q=order, order_k=order, segments=Segments(None, None))
+    options = described(variant, B, S, K)
+    segments = dict(zip(("segments_q_BS", "segments_k_BT", "sink_BT"), options["segments"], strict=True))
+    backend = attention_backend(implementation, options["spec"], q, k, v, **segments)
     # Any logsumexp takes as long; this one is near what normal numbers give.
     lse = jnp.full((B, H, S), math.log(S), jnp.float32)
     rows = () if part == "forward" else (do, lse, jnp.zeros_like(lse))
@@ -56,22 +75,23 @@ def program(implementation: str, part: str, inputs: dict[str, jax.Array], sizes:
 
 
 def measure(kernel: str) -> list[dict[str, Any]]:
-    """A row for each candidate, the heuristic first: its time, the heuristic's being 1, or why there is none."""
+    """A row for each candidate, the heuristic first: its time in all, the heuristic's being 1, or why there is none."""
     family = kernel.partition("_")[0]
     heuristic = tiles.HEURISTICS[kernel]
     totals = {sizes: 0.0 for sizes in dict.fromkeys((heuristic, *tiles.CANDIDATES[family]))}
     notes: dict[tuple[int, int], str] = {}
     for heads, dtype, parts in problems(kernel):
         inputs = Case("causal", 1, TOKENS, *heads, dtype=dtype).inputs()
-        for part in parts:
+        for part, variant in itertools.product(parts, VARIANTS):
             names = {f"{sizes}": sizes for sizes in totals if sizes not in notes}
-            run = {name: program(IMPLEMENTATIONS[family], part, inputs, {kernel: sizes}) for name, sizes in names.items()}
+            make = functools.partial(program, IMPLEMENTATIONS[family], part, variant, inputs)
+            run = {name: make({kernel: sizes}) for name, sizes in names.items()}
             found = interleaved(run, rounds=ROUNDS, budget=BUDGET, amortise=jax.devices()[0].platform != "cpu")
             for name, took in found.items():
                 if isinstance(took, Timing):
                     totals[names[name]] += took.median
                 else:
-                    notes[names[name]] = took
+                    notes[names[name]] = f"{variant}: {took}"
     base = totals[heuristic]
     row = lambda sizes: dict(kernel=kernel, own=sizes[0], across=sizes[1], note=notes.get(sizes, ""))
     ratio = lambda sizes: None if sizes in notes or heuristic in notes else totals[sizes] / base
