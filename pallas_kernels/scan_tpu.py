@@ -11,6 +11,8 @@ from pallas_kernels.support_mesh import left_to_compiler
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 KINDS = (jnp.bfloat16, jnp.float32)
+# log(1 + x) / x from 0 to 1: the polynomial of its degree with the least relative error, 3e-8 before rounding.
+LOG1P = (1.0, -0.49999493, 0.33319096, -0.24842979, 0.19105993, -0.13663214, 0.07822556, -0.029504987, 0.0052326294)
 
 
 def not_here(device_kind: str) -> str | None:
@@ -35,8 +37,21 @@ def exp(x: jax.Array) -> jax.Array:
     return jnp.exp2(x) * jnp.exp2((LOG2E - 1) * x)
 
 
+def log1p(x: jax.Array) -> jax.Array:
+    """log(1 + x) of x from 0 to 1, good to 2e-7 of itself; no logarithm is taken, whose error next to 1 is a device's secret."""
+    total = LOG1P[-1]
+    for factor in LOG1P[-2::-1]:
+        total = total * x + factor
+    return x * total
+
+
 def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)), good to 5e-7 of itself down to steps of 5e-5, and to 8e-7 down to 1e-13.
+    """log(1 + exp(x)), good to 5e-7 of itself down to steps of 5e-5, and to 8e-7 down to 1e-13."""
+    return jnp.maximum(x, 0) + log1p(exp(-jnp.abs(x)))
+
+
+def quick_softplus(x: jax.Array) -> jax.Array:
+    """The same in 10 instructions less, and as good where the logarithm's error next to 1 is in proportion to its size.
 
     What 1 + exp(-|x|) loses of exp(-|x|) is added behind the logarithm.
     """

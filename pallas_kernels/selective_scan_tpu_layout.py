@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_tpu import dot
-from pallas_kernels.scan_tpu import LOG2E, softplus
+from pallas_kernels.scan_tpu import LOG2E, quick_softplus
 from pallas_kernels.selective_scan_tpu_cut import GROUPS, LANES, SLAB, STRIDE, TILE, Cut
 
 # Tokens in rows: what one register of bf16 holds.
@@ -116,7 +116,7 @@ def prepare(refs, cut: Cut, k, softplus_of_dt: bool) -> None:
                 keep = inside if real is None else real & inside
             before = rows(refs.dt, i, j)
             before = before if refs.bias is None else before + refs.bias[k, :, lanes_of(j)]
-            dt = only(keep, softplus(before) if softplus_of_dt else before)
+            dt = only(keep, quick_softplus(before) if softplus_of_dt else before)
             put(refs.spread_dt, i, j, dt)
             if refs.slope_dt is not None:  # sigmoid(x) = exp(x - softplus(x)), which is as good for small steps as for large
                 put(refs.slope_dt, i, j, jnp.exp2((before - dt) * LOG2E))

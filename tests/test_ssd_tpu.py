@@ -23,7 +23,7 @@ from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_tpu, ssd_tpu_chunk, ssd_tpu_cut
 from tests.recurrences import breaks, compare, compare_summaries, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, rms_ratio
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
@@ -110,6 +110,35 @@ def test_it_equals_the_reference_at_other_sizes(name):
         compare(run(arrays, segments, cotangents), expected)
         with pytest.raises(AssertionError):
             compare(run(arrays | dict(A_H=arrays["A_H"] * 1.001), segments, cotangents), expected)
+
+
+def dA_of_one_head(x_SK, dt_S, A, B_SN, C_SN, state_KN, dy_SK, dfinal_KN):
+    """The gradient of a rate, token by token in fp64; dt as it is."""
+    states, decays = [state_KN], np.exp(dt_S * A)
+    for x_K, dt, B_N, decay in zip(x_SK, dt_S, B_SN, decays, strict=True):
+        states.append(decay * states[-1] + dt * np.outer(x_K, B_N))
+    total, g_KN = 0.0, dfinal_KN
+    for t in reversed(range(len(dt_S))):
+        g_KN = g_KN + np.outer(dy_SK[t], C_SN[t])
+        total += dt_S[t] * decays[t] * (g_KN * states[t]).sum()
+        g_KN = decays[t] * g_KN
+    return total
+
+
+def test_the_gradient_of_slow_rates_over_a_long_row(short_chunks):
+    """It is a sum over all tokens of which much cancels, so that it shows ten times what all steps err by: 2.7e-6 and more with
+    steps from a logarithm next to 1, as XLA on a CPU computes it."""
+    arrays, _, (dy, dfinal) = problem(1, 512, 2, 64, 1, 64, without=("dt_bias_H",))
+    arrays |= dict(dt_BSH=0.1 * arrays["dt_BSH"] - 4, A_H=np.array([-0.5, -0.01], np.float32))
+    x, dt, A, B, C, _, state = (x.astype(np.float64) for x in arrays.values())
+    steps, of_group = np.logaddexp(0, dt), (B[0, :, 0], C[0, :, 0])
+    of_head = lambda h: (x[0, :, h], steps[0, :, h], A[h], *of_group, state[0, h], dy[0, :, h], dfinal[0, h])
+    expected = [dA_of_one_head(*of_head(h)) for h in range(2)]
+    run = runner(ssd, implementation="mosaic_tpu")
+    with interpret.interpreted():
+        assert rms_ratio(run(arrays, None, (dy, dfinal))["dA_H"], expected) < 2e-6
+        changed = arrays | dict(dt_BSH=arrays["dt_BSH"] * np.float32(1.00001))
+        assert rms_ratio(run(changed, None, (dy, dfinal))["dA_H"], expected) > 1e-5
 
 
 @pytest.mark.slow
