@@ -21,6 +21,7 @@ KERNELS = {
         "reference": "lcx.ops.selective_scan_reference",
         "chunked": "lcx.ops.selective_scan_chunked",
         "mosaic_tpu": "pallas_kernels.selective_scan_tpu",
+        "triton": "pallas_kernels.selective_scan_triton",
     },
     "ssd": {
         "reference": "lcx.ops.ssd_reference",

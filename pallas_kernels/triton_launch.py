@@ -4,8 +4,10 @@ A kernel is decorated with `triton.jit` when its module is imported, and what th
 interpret, is decided there by the environment variable TRITON_INTERPRET. A process has one or the other.
 """
 
+import contextlib
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from lcx.ops.varying import alike
 from pallas_kernels import interpret
@@ -90,11 +93,23 @@ def _interpreted(kernel, name, grid, given, wanted, constants, warps):
     def on_host(arrays):
         memory = {name: _Memory(np.array(x)) for name, x in zip(given, arrays, strict=True)}
         memory |= {name: _Memory(_unwritten(x)) for name, x in wanted.items()}
-        with ONE_AT_A_TIME:
+        with ONE_AT_A_TIME, _patched_once():
             kernel[grid](**memory, **constants)
         return [memory[name].array for name in wanted]
 
     return jax.pure_callback(on_host, list(wanted.values()), list(given.values()))
+
+
+@contextlib.contextmanager
+def _patched_once() -> Iterator[None]:
+    """Triton's interpreter puts its own functions into Triton's language at every call of a function in a kernel. That takes a
+    good part of its time; inside the block it is done once for each function."""
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = functools.cache(patch)
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
 
 
 def _unwritten(x) -> np.ndarray:
