@@ -1,0 +1,75 @@
+"""Triton kernels as machine code: registers, spills, and the instructions of nested loops. Needs only the CUDA packages."""
+
+import collections
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import subprocess
+
+
+def _tool(package: str, *path: str) -> pathlib.Path:
+    return pathlib.Path(importlib.util.find_spec(package).submodule_search_locations[0], *path)
+
+
+@dataclasses.dataclass
+class Loop:
+    """A loop: all of its instructions by name, those of the loops inside included, and those loops."""
+
+    first: int
+    last: int
+    instructions: collections.Counter
+    inside: list["Loop"] = dataclasses.field(default_factory=list)
+
+    def executed(self, *turns: float) -> float:
+        """Instructions of one turn of it; `turns` of the loops inside it, of those inside them, and so on."""
+        size = lambda loop: loop.instructions.total()
+        alone = size(self) - sum(size(loop) for loop in self.inside)
+        return alone + sum(turns[0] * loop.executed(*turns[1:]) for loop in self.inside)
+
+
+@dataclasses.dataclass
+class Code:
+    """A kernel: registers of a thread, bytes of spill stores, the outermost loops."""
+
+    registers: int
+    spilled: int
+    loops: list[Loop]
+
+
+def assembled(ptx: pathlib.Path) -> Code:
+    """What the assembler of JAX's CUDA packages makes of a kernel for sm_90a."""
+    cubin = ptx.with_suffix(".cubin")
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True)
+    said = run(_tool("nvidia", "cu13", "bin", "ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin).stderr
+    listing = run(_tool("triton", "backends", "nvidia", "bin", "nvdisasm"), "-c", cubin).stdout
+    number = lambda pattern: int(re.search(pattern, said)[1])
+    return Code(number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), loops(listing))
+
+
+def loops(listing: str) -> list[Loop]:
+    """The outermost loops of a listing: what stands between a label and a branch back to it."""
+    labels, names, branches = {}, [], []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.search(
+            r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.EX2)?[^`(]*(?:`\((\.L_\w+)\))?", line
+        ):
+            name, power, to = instruction.groups()
+            if name == "BRA" and to in labels:
+                branches.append((labels[to], len(names)))
+            names.append(name + (power or ""))
+    last = {}
+    for start, end in branches:  # a loop with several branches back is one
+        last[start] = max(end, last.get(start, 0))
+    outermost, open_ = [], []
+    for start, end in sorted(last.items(), key=lambda ends: (ends[0], -ends[1])):
+        if end == start:  # what stands behind a kernel's end
+            continue
+        loop = Loop(start, end, collections.Counter(names[start : end + 1]))
+        while open_ and open_[-1].last < end:
+            open_.pop()
+        (open_[-1].inside if open_ else outermost).append(loop)
+        open_.append(loop)
+    return outermost
