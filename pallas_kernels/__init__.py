@@ -27,5 +27,6 @@ KERNELS = {
         "reference": "lcx.ops.ssd_reference",
         "chunked": "lcx.ops.ssd_chunked",
         "mosaic_tpu": "pallas_kernels.ssd_tpu",
+        "triton": "pallas_kernels.ssd_triton",
     },
 }
