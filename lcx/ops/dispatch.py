@@ -20,8 +20,8 @@ from pallas_kernels import KERNELS
 PREFERENCE = {
     "cpu": ("chunked",),
     "tpu": ("mosaic_tpu", "chunked"),
-    # Not mosaic_gpu, which is compiled and interpreted, and not cudnn, whose backward pass does not give the same bits twice:
-    # neither has been run on a card from here. By name they run.
+    # None of ours has been run on a card from here. Every line of triton's kernels is interpreted; not of mosaic_gpu's, which is
+    # therefore left out, and so is cudnn, whose backward pass does not give the same bits twice. By name they run.
     "gpu": ("triton", "chunked"),
 }
 GPU_PLATFORMS = ("gpu", "cuda", "rocm")

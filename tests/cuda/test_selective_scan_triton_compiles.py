@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lcx.mesh import make_mesh
+from lcx.ops.dispatch import recording
 from lcx.ops.recurrence import marks
 from lcx.ops.selective_scan import Inputs, ScanSpec
+from lcx.parallel import recurrences
 from pallas_kernels import selective_scan_triton
 from pallas_kernels import selective_scan_triton_cut as cuts
 from tests.cuda.h100 import h100s, needs_cuda
@@ -59,6 +62,23 @@ def compile_case(S=MILLION, E=2048, N=16, dtype="bfloat16", packed=True, optiona
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+def compile_over_devices() -> int:
+    """Four GPUs share a row: `auto` takes the kernels, states are passed on, and their gradients back."""
+    mesh = make_mesh(seq=4, devices=h100s(4))
+    spread = NamedSharding(mesh, PartitionSpec(None, "seq"))
+    token, map_ = (jax.ShapeDtypeStruct((1, 2**18, last), jnp.bfloat16, sharding=spread) for last in (2048, 16))
+    weights = [jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())) for x in ((2048, 16), (2048,))]
+
+    def loss(u, dt, A, B, C, D, segments):
+        return recurrences.selective_scan(u, dt, A, B, C, D, mesh=mesh, segments_BS=segments).astype(jnp.float32).sum()
+
+    arrays = token, token, weights[0], map_, map_, weights[1]
+    segments = jax.ShapeDtypeStruct((1, 2**18), jnp.int32, sharding=spread)
+    with jax.set_mesh(mesh), recording(require=dict(selective_scan="triton")):
+        program = jax.jit(jax.grad(loss, argnums=range(6))).lower(*arrays, segments).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
 @functools.cache
 def compiled(name: str) -> tuple[dict[str, list[Code]], int]:
     """By kernel what the assembler made of it; bytes of temporary memory. In its own process: where to write is read once."""
@@ -73,7 +93,7 @@ def compiled(name: str) -> tuple[dict[str, list[Code]], int]:
         return found, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "over_devices"])
 def test_compiles_without_spills(name):
     kernels, _ = compiled(name)
     assert set(kernels) == {"forward_kernel", "stretch_kernel", "backward_kernel"}
@@ -122,4 +142,4 @@ def test_memory_for_a_million_tokens():
 
 
 if __name__ == "__main__":
-    print(compile_case(**CASES[sys.argv[1]]))
+    print(compile_over_devices() if sys.argv[1] == "over_devices" else compile_case(**CASES[sys.argv[1]]))
