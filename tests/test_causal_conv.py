@@ -1,6 +1,7 @@
 """The short causal convolution against loops, with every gradient; packed documents, rows handed on from shard to shard."""
 
 import functools
+import importlib.util
 
 import hypothesis
 import hypothesis.strategies as st
@@ -141,6 +142,32 @@ def test_only_the_arguments_are_kept_for_the_backward_pass():
 
     memory = jax.jit(pullback, compiler_options=QUICK).lower(**shapes).compile().memory_analysis()
     assert memory.output_size_in_bytes <= memory.argument_size_in_bytes + 4 * E * W + S
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
+)
+def test_what_moves_on_a_tpu():
+    """Forward x and y, and nothing else; backward x, dy and dx, one array written between, and that read twice and x again."""
+    from lcx.planning.topologies import topology_mesh
+
+    B, S, E, W = 1, 2**16, 1024, 4
+    at = jax.sharding.SingleDeviceSharding(topology_mesh("v5e:2x2", data=-1).devices.flat[0])
+    shape = lambda *dims, dtype="float32": jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=at)
+    x, w, b = shape(B, S, E, dtype="bfloat16"), shape(E, W), shape(E)
+
+    def forward(x, w, b, segments):
+        return causal_conv(x, w, b, segments_BS=segments, activation="silu")[0]
+
+    def backward(x, w, b, segments, dy):
+        return jax.vjp(functools.partial(forward, segments=segments), x, w, b)[1](dy)
+
+    def passes(f, *more):
+        found = jax.jit(f).lower(x, w, b, shape(B, S, dtype="int32"), *more).compile().cost_analysis()["bytes accessed"]
+        return found / (2 * B * S * E)
+
+    assert passes(forward) < 2.1
+    assert passes(backward, x) < 6.1
 
 
 def test_mistakes_are_one_line():

@@ -93,22 +93,39 @@ def _forward(activation, *arrays):
 
 def _backward(activation, arrays, dy_BSE):
     x_BTE, w_EW, bias_E, segments_BT = arrays
-    W, w, dy = w_EW.shape[1], w_EW.astype(jnp.float32), dy_BSE.astype(jnp.float32)
+    S, W, w, dy = dy_BSE.shape[1], w_EW.shape[1], w_EW.astype(jnp.float32), dy_BSE.astype(jnp.float32)
     if activation == "silu":
         before = _before_activation(x_BTE, w_EW, bias_E, segments_BT)
         gate = jax.nn.sigmoid(before)
         dy = dy * gate * (1 + before * (1 - gate))
     if segments_BT is not None:
         dy = jnp.where((segments_BT[:, W - 1 :] != 0)[..., None], dy, 0)
-    dx = 0.0
-    for i in range(W):
-        part = w[:, i][None, None] * dy
-        part = part if segments_BT is None else jnp.where(_sees(segments_BT, i, W), part, 0)
-        dx = dx + jnp.pad(part, ((0, 0), (i, W - 1 - i), (0, 0)))
+    # One array between two loops, rounded to dy's dtype as dx is. Left to itself XLA writes the products of every tap in fp32 and
+    # adds them up in a third loop: on TPU 23 times the size of x moves where so it is 6 (pallas_kernels/README.md).
+    kept = jax.lax.optimization_barrier(dy.astype(dy_BSE.dtype))
     sum_tokens = lambda x_BSE: x_BSE.sum((0, 1))
+    dy = kept.astype(jnp.float32)
     dw = jnp.stack([sum_tokens(dy * x) for x in _taps(x_BTE, segments_BT, W)], axis=1)
+    zeros = lambda x: jnp.zeros_like(x, shape=(x.shape[0], W - 1, *x.shape[2:]))
+    behind = lambda x: None if x is None else jnp.concatenate([x, zeros(x)], axis=1)
+    later, owners = behind(kept), behind(segments_BT)
+    first = jnp.concatenate([zeros(later), later[:, : W - 1]], axis=1)
+    dinitial = _to_inputs(first, w, owners, W - 1)
+    dx = _to_inputs(later, w, None if owners is None else owners[:, W - 1 :], S)
+    dx = jnp.concatenate([x.astype(x_BTE.dtype) for x in (dinitial, dx)], axis=1)
     no_gradient = None if segments_BT is None else np.zeros(segments_BT.shape, jax.dtypes.float0)
-    return dx.astype(x_BTE.dtype), dw.astype(w_EW.dtype), sum_tokens(dy).astype(bias_E.dtype), no_gradient
+    return dx, dw.astype(w_EW.dtype), sum_tokens(dy).astype(bias_E.dtype), no_gradient
+
+
+def _to_inputs(dy_BTE, w, owners_BT, count):
+    """Gradients of `count` inputs, fp32: from the one at its place and the W - 1 behind, of which it is an earlier tap."""
+    total = 0.0
+    for i in range(w.shape[1]):
+        at = slice(w.shape[1] - 1 - i, w.shape[1] - 1 - i + count)
+        part = w[:, i][None, None] * dy_BTE[:, at].astype(jnp.float32)
+        same = None if owners_BT is None else (owners_BT[:, at] == owners_BT[:, :count])[..., None]
+        total += part if same is None else jnp.where(same, part, 0)
+    return total
 
 
 _convolve.defvjp(_forward, _backward)
