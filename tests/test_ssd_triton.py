@@ -65,6 +65,15 @@ def test_rows_in_stripes(short, monkeypatch):
             compare(run(arrays | dict(A_H=arrays["A_H"] * 1.001), None, cotangents), expected)
 
 
+def test_it_equals_the_reference_as_on_a_device():
+    """Whole chunks of 64, strong and weak decay, packed documents."""
+    arrays, segments, cotangents = problem(1, 100, 2, 64, 1, 32)
+    arrays["A_H"] = np.array([-16.0, -0.01], np.float32)
+    expected = runner(ssd, implementation="reference")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        compare(runner(ssd, implementation="triton")(arrays, segments, cotangents), expected)
+
+
 def test_it_equals_the_reference_in_bf16(short):
     """Nothing optional, dt as it is, whole blocks; heads of two programs; states are fp32 throughout."""
     arrays, _, cotangents = problem(1, 64, 2, 32, 1, 32, without=OPTIONAL)
@@ -118,9 +127,10 @@ def test_a_walk_ends_where_nothing_is_left(short, reverse):
         assert np.isnan(of(inputs._replace(A_H=jnp.full(1, -0.1))).state).any()
 
 
-def test_over_devices_it_equals_the_whole(short, mesh_of):
-    """Summaries, states passed between devices, and gradients, with every mesh axis manual."""
-    arrays, segments, (dy, _) = problem(1, 40, 2, 16, 1, 16, without=("initial_state_BHKN",))
+def test_over_devices_it_equals_the_whole(short, mesh_of, monkeypatch):
+    """Summaries, states passed between devices, and gradients, with every mesh axis manual; two stripes on each device."""
+    monkeypatch.setattr(ssd_triton_cut, "STRIPE", 1)
+    arrays, segments, (dy, _) = problem(1, 72, 1, 16, 1, 16, without=("initial_state_BHKN",))
 
     def results(arrays, mesh, implementation):
         scan = functools.partial(recurrences.ssd, mesh=mesh, segments_BS=segments, implementation=implementation)
