@@ -47,7 +47,13 @@ def forward(inputs, initial_state_BEN, *, spec):
         "lcx_selective_scan",
         grid=(-(-cut.E // cut.block), segments, cut.B),
         inputs=dict(u=u, dt=inputs.dt_BSE, B=cut.map(inputs.B_BSN), C=cut.map(inputs.C_BSN), z=inputs.z_BSE)
-        | dict(rate=cut.rates(), D=cut.channels(inputs.D_E), bias=cut.channels(inputs.dt_bias_E), codes=cut.codes())
+        | dict(
+            rate=cut.rates(),
+            slowest=cut.slowest(),
+            D=cut.channels(inputs.D_E),
+            bias=cut.channels(inputs.dt_bias_E),
+            codes=cut.codes(),
+        )
         | dict(initial=cut.state(initial_state_BEN), elapsed=before.get("elapsed"), stretch=before.get("stretch")),
         outputs=dict(y=u, starts=cut.state_shape(cut.chunks), state=cut.state_shape()),
         constants=cut.sizes()
@@ -73,7 +79,9 @@ def backward(inputs, residuals, dy_BSE, dfinal_state_BEN, *, spec):
         "lcx_selective_scan_backward",
         grid=(groups, segments, cut.B),
         inputs=given
-        | dict(B=cut.map(inputs.B_BSN, padding), C=cut.map(inputs.C_BSN, padding), dy=dy_BSE, rate=cut.rates())
+        | dict(
+            B=cut.map(inputs.B_BSN, padding), C=cut.map(inputs.C_BSN, padding), dy=dy_BSE, rate=cut.rates(), slowest=cut.slowest()
+        )
         | dict(D=cut.channels(inputs.D_E), bias=cut.channels(inputs.dt_bias_E), codes=cut.codes(padding))
         | dict(starts=residuals, dfinal=cut.state(dfinal_state_BEN))
         | dict(elapsed=after.get("elapsed"), stretch=after.get("stretch")),

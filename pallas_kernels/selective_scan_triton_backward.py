@@ -30,7 +30,7 @@ from pallas_kernels.selective_scan_triton_tile import (
     rows_after,
     rows_before,
 )
-from pallas_kernels.selective_scan_triton_token import loaded, shifted
+from pallas_kernels.selective_scan_triton_token import behind, loaded, shifted
 
 
 @triton.jit
@@ -91,6 +91,7 @@ def backward_kernel(
     z,
     dy,
     rate,
+    slowest,
     D,
     bias,
     codes,
@@ -144,11 +145,9 @@ def backward_kernel(
         entry = tl.max_contiguous(n[:, None] * E_PADDED + d[None, :], (1, 2))
         g = tl.load(dfinal + b * STATE + entry)
         if stretch is not None:
-            A = tl.load(rate + entry)
-            for i in range(0, SEGMENTS - 1 - segment):
-                later = b * SEGMENTS + SEGMENTS - 1 - i
-                decay = tl.exp2(A * tl.load(elapsed + later * E_PADDED + d)[None, :])
-                g = decay * g + tl.load(stretch + later * STATE + entry)
+            A, slow, later = tl.load(rate + entry), tl.load(slowest + d), SEGMENTS - 1 - segment
+            next_elapsed, next_stretch = elapsed + (mine + 1) * E_PADDED, stretch + (mine + 1) * STATE
+            g = behind(g, A, slow, next_elapsed, next_stretch, entry, d, d < E, 1, later, STATE, E_PADDED)
         tl.store(dstate + entry, g)
         tl.store(dA + entry, tl.zeros((N, HALF), tl.float32))
         tl.store(dD + d, tl.zeros((HALF,), tl.float32))

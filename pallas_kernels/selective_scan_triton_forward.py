@@ -9,6 +9,7 @@ import triton.language as tl
 
 from pallas_kernels.selective_scan_triton_token import (
     REAL,
+    behind,
     decaying,
     loaded,
     put_row,
@@ -46,6 +47,7 @@ def forward_kernel(
     C,
     z,
     rate,
+    slowest,
     D,
     bias,
     codes,
@@ -77,9 +79,9 @@ def forward_kernel(
     d = tl.max_contiguous(d, NEIGHBOURS)
     A, h = tl.load(rate + entry), tl.load(initial + b * (N * E_PADDED) + entry)
     if stretch is not None:
-        for k in range(0, segment):
-            at = b * SEGMENTS + k
-            h = tl.exp2(A * tl.load(elapsed + at * E_PADDED + d)[None, :]) * h + tl.load(stretch + at * (N * E_PADDED) + entry)
+        last = b * SEGMENTS + segment - 1
+        elapsed, stretch = elapsed + last * E_PADDED, stretch + last * (N * E_PADDED)
+        h = behind(h, A, tl.load(slowest + d), elapsed, stretch, entry, d, inside, -1, segment, N * E_PADDED, E_PADDED)
     skip, offset = tl.load(D + d), loaded(shifted(bias, d))
     first = segment * SEGMENT
     tokens, token = tl.minimum(S - first, SEGMENT), b * S + first

@@ -11,7 +11,7 @@ that some thousand tokens, however long the segment.
 import triton
 import triton.language as tl
 
-from pallas_kernels.selective_scan_triton_token import FORGOTTEN, REAL, decaying, loaded, row, shifted, sigmoid, step_size
+from pallas_kernels.selective_scan_triton_token import REAL, decaying, loaded, remembered, row, shifted, sigmoid, step_size
 
 
 @triton.jit
@@ -34,12 +34,6 @@ def _add(total, so_far, near, A, bias, at, n, inside, RAGGED: tl.constexpr, SOFT
     if not GRADIENT:
         near += decaying(step, code)
     return total, near
-
-
-@triton.jit
-def _remembered(slow, so_far, inside):
-    """Whether anything of what lies further away is left."""
-    return tl.max(tl.where(inside, slow * so_far, FORGOTTEN)) > FORGOTTEN
 
 
 @triton.jit
@@ -94,8 +88,8 @@ def stretch_kernel(
         x, dt, z = x + UNROLLED * STEP * E, dt + UNROLLED * STEP * E, shifted(z, UNROLLED * STEP * E)
         maps, codes = maps + UNROLLED * STEP * N, shifted(codes, UNROLLED * STEP)
         groups -= 1
-        going = (groups > 0) & _remembered(slow, so_far, inside)
-    going = (rest > 0) & _remembered(slow, so_far, inside)
+        going = (groups > 0) & remembered(slow, so_far, inside)
+    going = (rest > 0) & remembered(slow, so_far, inside)
     while going:
         near = tl.zeros((BLOCK,), tl.float32)
         at = x, dt, z, maps, codes
@@ -104,7 +98,7 @@ def stretch_kernel(
         x, dt, z = x + STEP * E, dt + STEP * E, shifted(z, STEP * E)
         maps, codes = maps + STEP * N, shifted(codes, STEP)
         rest -= 1
-        going = (rest > 0) & _remembered(slow, so_far, inside)
+        going = (rest > 0) & remembered(slow, so_far, inside)
     at = b * SEGMENTS + segment
     tl.store(elapsed + at * E_PADDED + d, so_far)
     tl.store(stretch + at * (N * E_PADDED) + entry, total)

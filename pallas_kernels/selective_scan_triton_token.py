@@ -101,3 +101,28 @@ def loaded(at):
         return None
     else:
         return tl.load(at)
+
+
+@triton.jit
+def remembered(slow, so_far, inside):
+    """Whether anything is left of what lies `so_far` away, of any channel of the block; `slow`: rates of the slowest states."""
+    return tl.max(tl.where(inside, slow * so_far, FORGOTTEN)) > FORGOTTEN
+
+
+@triton.jit
+def behind(
+    state, A, slow, elapsed, stretch, entry, d, inside, STEP: tl.constexpr, count, STATE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What `count` segments make of a state that lies behind them; it stops where nothing is left of it.
+
+    `elapsed` and `stretch` point to the nearest segment, and STEP segments further on to the one behind it.
+    """
+    total, so_far = tl.zeros_like(state), tl.zeros_like(slow)
+    going = count > 0
+    while going:
+        total += tl.exp2(A * so_far[None, :]) * tl.load(stretch + entry)
+        so_far += tl.load(elapsed + d)
+        elapsed, stretch = elapsed + STEP * WIDTH, stretch + STEP * STATE
+        count -= 1
+        going = (count > 0) & remembered(slow, so_far, inside)
+    return total + tl.exp2(A * so_far[None, :]) * state

@@ -18,7 +18,7 @@ from lcx.ops.recurrence import marks
 from lcx.ops.selective_scan import Inputs, ScanSpec, selective_scan
 from lcx.parallel import recurrences
 from lcx.registry import UserError
-from pallas_kernels import interpret, selective_scan_triton, selective_scan_triton_cut, selective_scan_triton_stretch
+from pallas_kernels import interpret, selective_scan_triton, selective_scan_triton_cut, selective_scan_triton_token
 from pallas_kernels.selective_scan_triton_token import softplus
 from pallas_kernels.triton_launch import launch
 from tests.recurrences import compare, compare_summaries, runner
@@ -101,10 +101,25 @@ def test_what_it_does_not_read_changes_no_bit(gradient, monkeypatch):
             return selective_scan_triton._segments(cut, *cut.forward_segments(), jnp.asarray(dy) if gradient else None)
 
     stopped = found()
-    monkeypatch.setattr(selective_scan_triton_stretch, "FORGOTTEN", tl.constexpr(-1e30))
+    monkeypatch.setattr(selective_scan_triton_token, "FORGOTTEN", tl.constexpr(-1e30))
     whole = found()
     np.testing.assert_array_equal(stopped["stretch"], whole["stretch"])
     assert (2 * stopped["elapsed"] < whole["elapsed"])[..., :6].all()
+
+
+def test_segments_that_are_forgotten_change_no_bit(monkeypatch):
+    """Three segments of long steps. The twin: of short steps, and forgotten too early."""
+    arrays, _, _ = problem(1, 24, 6, 2, without=("z_BSE",))
+    long = arrays | dict(dt_BSE=arrays["dt_BSE"] + 40, A_EN=arrays["A_EN"] - 0.5)
+
+    def found(arrays, forgotten):
+        monkeypatch.setattr(selective_scan_triton_token, "FORGOTTEN", tl.constexpr(forgotten))
+        with interpret.interpreted():
+            return jax.jit(functools.partial(selective_scan, implementation="triton"))(**arrays)[1]
+
+    np.testing.assert_array_equal(found(long, -150.0), found(long, -1e30))
+    with pytest.raises(AssertionError):
+        assert_close(found(arrays, -0.1), found(arrays, -150.0))
 
 
 def test_over_devices_it_equals_the_whole(mesh_of):

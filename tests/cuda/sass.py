@@ -51,6 +51,8 @@ def loops(listing: str) -> list[Loop]:
     """The outermost loops of a listing: what stands between a label and a branch back to it."""
     labels, names, branches = {}, [], []
     for line in listing.splitlines():
+        if "WARPSYNC.COLLECTIVE" in line:  # behind the program: bringing threads together, then a jump to where they parted
+            break
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(names)
         elif instruction := re.search(
@@ -65,8 +67,6 @@ def loops(listing: str) -> list[Loop]:
         last[start] = max(end, last.get(start, 0))
     outermost, open_ = [], []
     for start, end in sorted(last.items(), key=lambda ends: (ends[0], -ends[1])):
-        if end == start:  # what stands behind a kernel's end
-            continue
         loop = Loop(start, end, collections.Counter(names[start : end + 1]))
         while open_ and open_[-1].last < end:
             open_.pop()

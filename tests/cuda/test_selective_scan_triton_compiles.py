@@ -41,6 +41,10 @@ CASES = {
 }
 
 
+# Bytes that spill all the same, though in front of the loop.
+SPILLS = {("tails", "forward_kernel"): 4}
+
+
 def compile_case(S=MILLION, E=2048, N=16, dtype="bfloat16", packed=True, optional=True):
     """Both passes and both summaries in one program; returns its temporary memory in bytes."""
     mesh = Mesh(np.array(h100s(1)), ("device",))
@@ -99,7 +103,8 @@ def test_compiles_without_spills(name):
     assert set(kernels) == {"forward_kernel", "stretch_kernel", "backward_kernel"}
     for kernel, codes in kernels.items():
         for code in codes:
-            assert code.spilled == 0, (kernel, code.spilled)
+            assert code.spilled <= SPILLS.get((name, kernel), 0), (kernel, code.spilled)
+            assert not any(memory in loop.instructions for loop in code.loops for memory in ("STL", "LDL")), kernel
 
 
 # Tokens, channels and states of one turn of a loop, over the 32 threads of a warp.
@@ -121,10 +126,8 @@ def test_instructions_forward():
 def test_instructions_of_a_stretch():
     for name in ("packed", "plain"):
         for code in compiled(name)[0]["stretch_kernel"]:
-            # Jumps into it from where threads are brought together again look like loops too.
-            powers = cuts.UNROLLED * 2 * 16
-            found = min(loop.instructions.total() for loop in code.loops if loop.instructions["MUFU.EX2"] >= powers)
-            assert found <= 7 * elements(cuts.UNROLLED, 64)
+            loop = max(code.loops, key=lambda loop: loop.instructions.total())
+            assert loop.instructions.total() <= 7 * elements(cuts.UNROLLED, 64)
 
 
 def test_instructions_backward():
