@@ -17,7 +17,7 @@ PROGRAMS = 1024
 # Blocks of a segment at least: less, and finding what is in front of it would take longer than computing it.
 LEAST = 4
 # Numbers of x in a stripe: at N=128 in bf16 8 bytes for each are states and gradients of states, 2 are dW.
-STRIPE = 2**28
+STRIPE = 2**27
 # Of the second dim of a grid.
 MOST_CHUNKS = 2**15
 
