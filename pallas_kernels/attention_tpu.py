@@ -26,6 +26,8 @@ from pallas_kernels.mosaic_tpu import Operand, dot, launch, not_for, scalars
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 LANES = 128
+# Copies of zeros under way at a time.
+CLEARED = 8
 # The maximum of a row that has seen nothing: hidden scores are far enough below it for exp2 to give 0.
 FLOOR = HIDDEN / 10
 
@@ -225,9 +227,13 @@ def _clear(refs, place: Callable[[jax.Array], tuple], members: int, tiling: Tili
         array, zeros = _sum(refs, place(i // tiling.count), tiling, i % tiling.count, 0)
         return pltpu.make_async_copy(zeros, array, refs.returned.at[0])
 
+    def step(i, _):
+        pl.when(i >= CLEARED)(lambda: copy(i - CLEARED).wait())
+        copy(i).start()
+
     n = members * tiling.count
-    lax.fori_loop(0, n, lambda i, _: copy(i).start(), None)
-    lax.fori_loop(0, n, lambda i, _: copy(i).wait(), None)
+    lax.fori_loop(0, n, step, None)
+    lax.fori_loop(max(n - CLEARED, 0), n, lambda i, _: copy(i).wait(), None)
 
 
 # What the references are, and what is streamed past a program.

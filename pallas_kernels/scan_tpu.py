@@ -1,7 +1,6 @@
-"""What the TPU kernels of both recurrences share: what they refuse, the softplus of step sizes, gradients as they are wanted."""
+"""What the TPU kernels of both recurrences share: where they run, and the softplus of step sizes."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from pallas_kernels.mosaic_tpu import not_for
 from pallas_kernels.support_mesh import left_to_compiler
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
-KINDS = (jnp.bfloat16, jnp.float32)
 # log(1 + x) / x from 0 to 1: the polynomial of its degree with the least relative error, 3e-8 before rounding.
 LOG1P = (1.0, -0.49999493, 0.33319096, -0.24842979, 0.19105993, -0.13663214, 0.07822556, -0.029504987, 0.0052326294)
 
@@ -18,14 +16,6 @@ LOG1P = (1.0, -0.49999493, 0.33319096, -0.24842979, 0.19105993, -0.13663214, 0.0
 def not_here(device_kind: str) -> str | None:
     """Why neither kernel runs where this is traced; None where they do."""
     return not_for(device_kind) or left_to_compiler()
-
-
-def wrong_kind(dtypes: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """What is wrong with the dtypes of those of the arrays that are there; None for nothing."""
-    for name in names:
-        if name in dtypes and dtypes[name] not in KINDS:
-            return f"{name} has dtype {jnp.dtype(dtypes[name])}; it takes {' and '.join(jnp.dtype(kind).name for kind in KINDS)}"
-    return None
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -58,9 +48,3 @@ def quick_softplus(x: jax.Array) -> jax.Array:
     small = exp(-jnp.abs(x))
     whole = 1 + small
     return jnp.maximum(x, 0) + (jnp.log2(whole) * LN2 + (small - (whole - 1)))
-
-
-def as_given(gradients: Any, inputs: Any) -> Any:
-    """Gradients in the dtypes of the inputs that they are of; None for what is not there."""
-    found = (None if x is None else x.astype(given.dtype) for x, given in zip(gradients, inputs, strict=True))
-    return type(inputs)(*found)

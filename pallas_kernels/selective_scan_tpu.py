@@ -14,7 +14,8 @@ from lcx.ops.recurrence import Affine, elapsed, step_sizes
 from pallas_kernels import selective_scan_tpu_backward as reverse
 from pallas_kernels import selective_scan_tpu_layout as layout
 from pallas_kernels.mosaic_tpu import Operand, launch
-from pallas_kernels.scan_tpu import as_given, not_here, wrong_kind
+from pallas_kernels.scan_support import as_given, wrong_kind
+from pallas_kernels.scan_tpu import not_here
 from pallas_kernels.selective_scan_tpu_cut import (
     GROUPS,
     LANES,

@@ -10,31 +10,25 @@ import jax
 import jax.numpy as jnp
 
 from lcx.ops.recurrence import Affine, elapsed, step_sizes
-from pallas_kernels import interpret, triton_launch
 from pallas_kernels import selective_scan_triton_cut as cuts
+from pallas_kernels import triton_launch
+from pallas_kernels.scan_support import as_given, wrong_kind
 from pallas_kernels.selective_scan_triton_backward import backward_kernel
 from pallas_kernels.selective_scan_triton_cut import Cut
 from pallas_kernels.selective_scan_triton_forward import forward_kernel
 from pallas_kernels.selective_scan_triton_stretch import stretch_kernel
 from pallas_kernels.selective_scan_triton_tile import SLOTS
-from pallas_kernels.support_mesh import left_to_compiler
 
-KINDS = (jnp.bfloat16, jnp.float32)
 LARGEST_STATE = 64
 
 
 def refuse(spec, shapes, dtypes, device_kind):
-    """NVIDIA GPUs; bf16 and fp32; up to 64 states."""
-    if not device_kind.startswith("NVIDIA") and not interpret.mode():
-        return f"it is for NVIDIA GPUs and this is {device_kind}"
-    if (reason := triton_launch.refuse() or left_to_compiler()) is not None:
+    """Hopper GPUs; bf16 and fp32; up to 64 states."""
+    if (reason := triton_launch.not_here(device_kind)) is not None:
         return reason
     if (N := shapes["A_EN"][1]) > LARGEST_STATE:
         return f"N={N} states a channel; it takes at most {LARGEST_STATE}"
-    for name in ("u_BSE", "dt_BSE", "B_BSN", "C_BSN", "z_BSE"):
-        if name in dtypes and dtypes[name] not in KINDS:
-            return f"{name} has dtype {jnp.dtype(dtypes[name])}; it takes {' and '.join(jnp.dtype(kind).name for kind in KINDS)}"
-    return None
+    return wrong_kind(dtypes, ("u_BSE", "dt_BSE", "B_BSN", "C_BSN", "z_BSE"))
 
 
 def forward(inputs, initial_state_BEN, *, spec):
@@ -108,9 +102,7 @@ def backward(inputs, residuals, dy_BSE, dfinal_state_BEN, *, spec):
         dt_bias_E=by_channel(found.get("dbias")),
         marks=None,
     )
-    as_given = lambda x, given: None if x is None else x.astype(given.dtype)
-    gradients = type(inputs)(*(as_given(x, given) for x, given in zip(gradients, inputs, strict=True)))
-    return gradients, cut.of_state(found["dstate"][:, 0])
+    return as_given(gradients, inputs), cut.of_state(found["dstate"][:, 0])
 
 
 def summary(inputs, *, spec):

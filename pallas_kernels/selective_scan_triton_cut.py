@@ -56,7 +56,7 @@ class Cut:
         """
         blocks = -(-self.E // self.backward_block)
         together = 1
-        enough = lambda together: self.B * (blocks // together) * (self.S // SHORTEST) >= BACKWARD_PROGRAMS
+        enough = lambda together: self.B * (blocks // together) * max(1, self.S // SHORTEST) >= BACKWARD_PROGRAMS
         while 2 * together * self.backward_block <= MOST_CHANNELS and enough(2 * together):
             together *= 2
         programs = -(-blocks // together)

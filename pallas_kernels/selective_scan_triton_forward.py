@@ -1,7 +1,7 @@
 """The forward pass of the selective scan in Triton: one program goes through a segment of a row, for a block of channels.
 
 The state (N, BLOCK) stays in registers, all N states of a channel in one thread, so that nothing crosses threads. Every program
-first puts together what the segments before its own do to the initial state (`selective_scan_triton_summary`).
+first puts together what the segments before its own do to the initial state (`selective_scan_triton_stretch`).
 """
 
 import triton

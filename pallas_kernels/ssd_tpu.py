@@ -22,7 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from lcx.ops.recurrence import Affine, elapsed
 from pallas_kernels import ssd_tpu_backward as reverse
 from pallas_kernels.mosaic_tpu import Operand, dot, launch
-from pallas_kernels.scan_tpu import as_given, not_here, wrong_kind
+from pallas_kernels.scan_support import as_given, wrong_kind
+from pallas_kernels.scan_tpu import not_here
 from pallas_kernels.ssd_tpu_chunk import MOST, Chunk, fill_rows, lanes_of, over_tiles, step_sizes, turn
 from pallas_kernels.ssd_tpu_cut import CHUNK, Cut
 

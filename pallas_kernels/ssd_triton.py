@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.recurrence import Affine, elapsed, step_sizes
+from lcx.ops.recurrence import Affine, elapsed
+from lcx.ops.ssd import steps_BSH
 from lcx.ops.varying import alike
-from pallas_kernels import interpret, triton_launch
 from pallas_kernels import ssd_triton_backward as reverse
+from pallas_kernels import triton_launch
+from pallas_kernels.scan_support import as_given, wrong_kind
 from pallas_kernels.ssd_triton_cut import CHUNK, CHUNKS, Cut
 from pallas_kernels.ssd_triton_forward import forward_kernel, stretch_kernel
-from pallas_kernels.support_mesh import left_to_compiler
 
-KINDS = (jnp.bfloat16, jnp.float32)
 HEAD_WIDTHS = (16, 32, 64, 128, 256)
 STATE_SIZES = (16, 32, 64, 128, 256)
 # A larger state in fp32 is mostly in memory: it would spill 4 KiB a thread, and compile for minutes.
@@ -34,10 +34,8 @@ BY_HEAD = ("direct", "da", "dD")
 
 
 def refuse(spec, shapes, dtypes, device_kind):
-    """NVIDIA's GPUs; heads and states of powers of two; bf16 and fp32."""
-    if not device_kind.startswith("NVIDIA") and not interpret.mode():
-        return f"it is for NVIDIA GPUs and this is {device_kind}"
-    if (reason := triton_launch.refuse() or left_to_compiler()) is not None:
+    """Hopper GPUs; heads and states of powers of two; bf16 and fp32."""
+    if (reason := triton_launch.not_here(device_kind)) is not None:
         return reason
     K, N = shapes["x_BSHK"][3], shapes["B_BSGN"][3]
     among = lambda valid: ", ".join(map(str, valid))
@@ -47,9 +45,8 @@ def refuse(spec, shapes, dtypes, device_kind):
         return f"state size N={N}; it takes {among(STATE_SIZES)}"
     if spec.chunk not in (None, CHUNK):
         return f"chunk={spec.chunk}; it takes {CHUNK}, or None"
-    for name in ("x_BSHK", "dt_BSH", "B_BSGN", "C_BSGN"):
-        if dtypes[name] not in KINDS:
-            return f"{name} has dtype {jnp.dtype(dtypes[name])}; it takes {' and '.join(jnp.dtype(kind).name for kind in KINDS)}"
+    if (reason := wrong_kind(dtypes, ("x_BSHK", "dt_BSH", "B_BSGN", "C_BSGN"))) is not None:
+        return reason
     if N > WIDEST_FP32 and any(dtypes[name] == jnp.float32 for name in ("x_BSHK", "B_BSGN", "C_BSGN")):
         return f"state size N={N} in float32; it takes at most {WIDEST_FP32}"
     return None
@@ -103,8 +100,7 @@ def backward(inputs, residuals, dy_BSHK, dfinal_state_BHKN, *, spec):
         dt_bias_H=dbias_H,
         marks=None,
     )
-    as_given = lambda x, given: None if x is None else x.astype(given.dtype)
-    return type(inputs)(*(as_given(x, given) for x, given in zip(gradients, inputs, strict=True))), dinitial_BHKN
+    return as_given(gradients, inputs), dinitial_BHKN
 
 
 def _backward_stripe(cut: Cut, inputs, given, dstate_BHKN, offset) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -211,9 +207,5 @@ def _given(cut: Cut, inputs, dt_BHS) -> dict[str, jax.Array | None]:
 
 
 def _steps_BHS(inputs, spec, dt_BSH, bias_H):
-    """fp32 step sizes within the limits, 0 at padding, whatever stands there."""
-    low, high = spec.dt_limit
-    real = (lambda x: x) if inputs.marks is None else (lambda x: jnp.where(inputs.marks.real_BS[..., None], x, 0))
-    dt = step_sizes(real(dt_BSH), bias_H, spec.dt_softplus, None)
-    dt = jnp.where(dt < low, low, jnp.where(dt > high, high, dt))
-    return jnp.swapaxes(real(dt), 1, 2)
+    """fp32 step sizes, tokens last."""
+    return jnp.swapaxes(steps_BSH(inputs._replace(dt_BSH=dt_BSH, dt_bias_H=bias_H), spec), 1, 2)

@@ -32,7 +32,7 @@ def log_decays(dt_Q, code_Q, rate, PACKED: tl.constexpr):
 @triton.jit
 def parts(log_Q):
     """The two parts of log decays."""
-    whole_Q = tl.floor(log_Q * GRID + 0.5) / GRID
+    whole_Q = tl.floor(log_Q * GRID + 0.5) * (1.0 / GRID)
     return whole_Q, log_Q - whole_Q
 
 

@@ -6,6 +6,7 @@ interpret, is decided there by the environment variable TRITON_INTERPRET. A proc
 
 import contextlib
 import functools
+import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,22 +20,34 @@ from triton.runtime import interpreter
 
 from lcx.ops.varying import alike
 from pallas_kernels import interpret
+from pallas_kernels.support_mesh import left_to_compiler
 
 # What is compiled for where no GPU is: a topology of Hoppers.
 CAPABILITY = 90
-# Of CUDA 13.0, the oldest that JAX comes with. Triton would write that of its own assembler, which the one that JAX finds first
-# on a machine may be too old to read.
-PTX = 90
+# Of CUDA 13.0, the oldest of JAX's CUDA 13 packages. Triton would write that of its own assembler, which the one that JAX finds
+# first on a machine may be too old to read.
+PTX, PACKAGE = 90, "jax_cuda13_plugin"
+# What the kernels have been compiled for, and their shared memory counted: others have less, or other matrix units.
+DEVICES = ("H100", "H200", "GH200")
 ONE_AT_A_TIME = threading.Lock()  # the interpreter's builder is global, and several devices call back at once
 TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, "int32": tl.int32, "int8": tl.int8}
 
 
+def not_here(device_kind: str) -> str | None:
+    """Why no kernel of this package in Triton runs where this is traced; None where they do, interpreted too."""
+    if not any(name in device_kind for name in DEVICES) and not interpret.mode():
+        return f"it is for {', '.join(DEVICES)} and this is {device_kind}"
+    return refuse() or left_to_compiler()
+
+
 def refuse() -> str | None:
-    """Why Triton's kernels cannot be interpreted in this process although it is asked for, in one line."""
+    """Why this process can neither interpret nor compile Triton's kernels, in one line; None if it can do what is asked."""
     if interpret.mode() and not triton.knobs.runtime.interpret:
         return "interpreted, Triton needs TRITON_INTERPRET=1 in the environment before it is imported"
     if not interpret.mode() and triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET=1 is set, with which Triton compiles nothing"
+    if not interpret.mode() and importlib.util.find_spec(PACKAGE) is None:
+        return "it needs JAX's CUDA 13 packages, lcx[cuda]"
     return None
 
 

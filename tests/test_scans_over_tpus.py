@@ -74,9 +74,7 @@ def test_states_are_passed_on_in_little_memory(op, target, capsys):
     S, E = CASES[target]
     temporary, needed, text = compiled_bytes(program)["temporary"], unavoidable(op, S // P, E), program.as_text()
     with capsys.disabled():
-        print(
-            f"\n{op}, {S:,} tokens on {target}: {temporary / 2**20:.0f} MiB a device, {needed / 2**20:.0f} known", end=""
-        )
+        print(f"\n{op}, {S:,} tokens on {target}: {temporary / 2**20:.0f} MiB a device, {needed / 2**20:.0f} known", end="")
     assert needed <= temporary <= SLACK * needed
 
     kernels = [re.search(r"%(\w+)", line)[1] for line in text.splitlines() if KERNEL.search(line)]

@@ -25,7 +25,7 @@ from tests.recurrences import compare, compare_summaries, runner
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 
-SHORT = dict(CHUNK=8, ROWS=8, GROUP=4, UNROLLED=4, SHORTEST=8)
+SHORT = dict(CHUNK=8, ROWS=4, GROUP=2, UNROLLED=4, SHORTEST=8)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,21 @@ def test_it_equals_the_reference():
     for name in expected:  # the twin: documents that begin a token later
         with pytest.raises(AssertionError):
             assert_close(moved[name], expected[name], gradient=True)
+
+
+def test_segments_of_several_chunks(monkeypatch):
+    """Chunks of two parts of two groups, two to a segment; one program adds up dB and dC of two blocks of channels."""
+    monkeypatch.setattr(selective_scan_triton_cut, "SHORTEST", 16)
+    monkeypatch.setattr(selective_scan_triton_cut, "BACKWARD_PROGRAMS", 2)
+    arrays, segments, cotangents = problem(1, 39, 36, 3)
+    inputs = Inputs(**{name: jnp.asarray(x) for name, x in arrays.items() if name != "initial_state_BEN"})
+    assert selective_scan_triton_cut.Cut(inputs, ScanSpec()).backward_segments() == (16, 3, 2)
+    expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
+    run = runner(selective_scan, implementation="triton")
+    with interpret.interpreted():
+        compare(run(arrays, segments, cotangents), expected)
+        with pytest.raises(AssertionError):
+            compare(run(arrays | dict(A_EN=arrays["A_EN"] * np.float32(1.001)), segments, cotangents), expected)
 
 
 def test_it_equals_the_reference_in_bf16(monkeypatch):
@@ -172,7 +187,7 @@ def call(E=8, N=2, dtype=jnp.float32, **changed):
 
 
 def test_it_says_why_it_does_not_run_here(monkeypatch):
-    with pytest.raises(UserError, match="'triton' cannot run on cpu: triton: it is for NVIDIA GPUs and this is cpu"):
+    with pytest.raises(UserError, match="'triton' cannot run on cpu: triton: it is for H100, H200, GH200 and this is cpu"):
         call()
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with interpret.interpreted(), pytest.raises(UserError, match="Triton needs TRITON_INTERPRET=1 in the environment"):

@@ -93,6 +93,21 @@ def test_it_equals_the_reference_in_bf16(short):
             compare(run(narrow | dict(dt_BSH=narrow["dt_BSH"] * 1.125), None, cotangents), expected, dtype="bfloat16")
 
 
+def test_packed_rows_in_bf16(short, monkeypatch):
+    """Everything optional, and segments of two blocks of two chunks, as on a device."""
+    monkeypatch.setattr(ssd_triton_cut, "LEAST", 2)
+    arrays, segments, cotangents = problem(1, 120, 2, 16, 1, 16)
+    narrow = {name: x.astype(jnp.bfloat16) if name in BY_TOKEN else x for name, x in arrays.items()}
+    widened = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
+    expected = runner(ssd, implementation="reference")(widened, segments, cotangents)
+    run = runner(ssd, implementation="triton")
+    with interpret.interpreted():
+        compare(run(widened, segments, cotangents), expected)
+        compare(run(narrow, segments, cotangents), expected, dtype="bfloat16")
+        with pytest.raises(AssertionError):
+            compare(run(narrow, np.roll(segments, 1, axis=1), cotangents), expected, dtype="bfloat16")
+
+
 def test_two_parts_in_bf16_are_almost_fp32():
     """Over the table's limit for fp32: a third part, for what nobody sees behind inputs of 8 bits, is not worth a product."""
     x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
@@ -195,7 +210,7 @@ def call(changed=None, **options):
 
 
 def test_it_says_why_it_does_not_run_here():
-    with pytest.raises(UserError, match="'triton' cannot run on cpu: triton: it is for NVIDIA GPUs and this is cpu"):
+    with pytest.raises(UserError, match="'triton' cannot run on cpu: triton: it is for H100, H200, GH200 and this is cpu"):
         call()
 
 

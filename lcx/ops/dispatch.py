@@ -20,7 +20,7 @@ from pallas_kernels import KERNELS
 PREFERENCE = {
     "cpu": ("chunked",),
     "tpu": ("mosaic_tpu", "chunked"),
-    # None of ours has been run on a card from here. Every line of triton's kernels is interpreted; not of mosaic_gpu's, which is
+    # None of ours has been run on a card. Every line of triton's kernels is interpreted; not of mosaic_gpu's, which is
     # therefore left out, and so is cudnn, whose backward pass does not give the same bits twice. By name they run.
     "gpu": ("triton", "chunked"),
 }

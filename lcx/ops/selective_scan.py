@@ -71,8 +71,9 @@ def selective_scan(
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t (x) B_t;  y_t = (h_t C_t + D u_t) * silu(z_t).  Gu and Dao 2023, algorithm 2.
 
     dt_t = softplus(dt_BSE + dt_bias). States and all arithmetic are fp32. Across documents the state starts again from zero: at
-    a token t >= 1 whose segment is neither 0 nor that of token t - 1. Padding passes the state on unchanged; its y is 0 and it
-    has no gradient. Token 0 never resets: whoever passes an initial state that does not belong to its document zeroes it.
+    a token t >= 1 whose segment is neither 0 nor that of token t - 1. Padding passes the state on unchanged; its y is 0 and
+    it has no gradient; what stands there has to be finite. Token 0 never resets: whoever passes an initial state that does
+    not belong to its document zeroes it.
 
     Args:
       u_BSE: inputs, floating.

@@ -45,11 +45,11 @@ def rate_1H11(inputs: Inputs) -> jax.Array:
 
 
 def steps_BSH(inputs: Inputs, spec: SsdSpec) -> jax.Array:
-    """fp32 step sizes within the limits, 0 at padding. A dt outside the limits has no gradient."""
+    """fp32 step sizes within the limits, 0 at padding, whatever stands there. A dt outside the limits has no gradient."""
     low, high = spec.dt_limit
-    dt = step_sizes(inputs.dt_BSH, inputs.dt_bias_H, spec.dt_softplus, None)
-    dt = jnp.where(dt < low, low, jnp.where(dt > high, high, dt))
-    return dt if inputs.marks is None else jnp.where(inputs.marks.real_BS[..., None], dt, 0)
+    real = (lambda x: x) if inputs.marks is None else (lambda x: jnp.where(inputs.marks.real_BS[..., None], x, 0))
+    dt = step_sizes(real(inputs.dt_BSH), inputs.dt_bias_H, spec.dt_softplus, None)
+    return real(jnp.where(dt < low, low, jnp.where(dt > high, high, dt)))
 
 
 def ssd(

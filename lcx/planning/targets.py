@@ -19,8 +19,11 @@ PEAK_FLOPS = {
 # Bytes a second of the memory of one device.
 PEAK_BYTES = {
     "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
     "H100": 3.35e12,
     "B200": 8.0e12,
+    "A100-SXM4-40GB": 1.555e12,
+    "A100-PCIE-40GB": 1.555e12,
     "A100": 2.04e12,
     "TPU v6": 1.64e12,
     "TPU v5p": 2.765e12,
