@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.recurrence import Affine, elapsed
-from lcx.ops.ssd import steps_BSH
+from lcx.ops.recurrence import Affine, elapsed, step_sizes
 from lcx.ops.varying import alike
 from pallas_kernels import ssd_triton_backward as reverse
 from pallas_kernels import triton_launch
@@ -208,4 +207,5 @@ def _given(cut: Cut, inputs, dt_BHS) -> dict[str, jax.Array | None]:
 
 def _steps_BHS(inputs, spec, dt_BSH, bias_H):
     """fp32 step sizes, tokens last."""
-    return jnp.swapaxes(steps_BSH(inputs._replace(dt_BSH=dt_BSH, dt_bias_H=bias_H), spec), 1, 2)
+    real_BS = None if inputs.marks is None else inputs.marks.real_BS
+    return jnp.swapaxes(step_sizes(dt_BSH, bias_H, spec.dt_softplus, real_BS, spec.dt_limit), 1, 2)

@@ -56,12 +56,12 @@ def test_it_equals_the_reference():
 
 
 def test_segments_of_several_chunks(monkeypatch):
-    """Chunks of two parts of two groups, two to a segment; one program adds up dB and dC of two blocks of channels."""
+    """Chunks of two parts of two groups, three to a segment; one program adds up dB and dC of two blocks of channels."""
     monkeypatch.setattr(selective_scan_triton_cut, "SHORTEST", 16)
     monkeypatch.setattr(selective_scan_triton_cut, "BACKWARD_PROGRAMS", 2)
     arrays, segments, cotangents = problem(1, 39, 36, 3)
     inputs = Inputs(**{name: jnp.asarray(x) for name, x in arrays.items() if name != "initial_state_BEN"})
-    assert selective_scan_triton_cut.Cut(inputs, ScanSpec()).backward_segments() == (16, 3, 2)
+    assert selective_scan_triton_cut.Cut(inputs, ScanSpec()).backward_segments() == (24, 2, 2)
     expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
     run = runner(selective_scan, implementation="triton")
     with interpret.interpreted():

@@ -60,6 +60,9 @@ def test_over_devices(mesh_of):
 def test_what_was_decided_before_triton_was_imported(monkeypatch):
     assert "TRITON_INTERPRET=1 is set" in triton_launch.refuse()
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton_launch, "PACKAGE", "jax")
     assert triton_launch.refuse() is None
+    monkeypatch.setattr(triton_launch, "PACKAGE", "jax_cuda_99")
+    assert "CUDA 13 packages" in triton_launch.refuse()
     with interpret.interpreted(), pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1 in the environment"):
         run(jnp.zeros(8), np.ones(8, bool))

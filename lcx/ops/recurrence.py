@@ -100,10 +100,23 @@ def elapsed(dt_BSx: jax.Array, marked: Marks | None) -> jax.Array:
     return jnp.where(ended, jnp.inf, total)
 
 
-def step_sizes(dt_BSx: jax.Array, bias_x: jax.Array | None, softplus: bool, real_BS: jax.Array | None) -> jax.Array:
-    """fp32 softplus(dt + bias) of B S x, and 0 at padding: decay 1, input 0, so that the state is passed on."""
-    dt = dt_BSx.astype(jnp.float32)
+def step_sizes(
+    dt_BSx: jax.Array,
+    bias_x: jax.Array | None,
+    softplus: bool,
+    real_BS: jax.Array | None,
+    limits: tuple[float, float] | None = None,
+) -> jax.Array:
+    """fp32 softplus(dt + bias) of B S x, and 0 at padding, whatever stands there: decay 1, input 0, the state is passed on.
+
+    A dt outside `limits` is moved to the nearer one and has no gradient.
+    """
+    real = (lambda x: x) if real_BS is None else (lambda x: jnp.where(real_BS[..., None], x, 0))
+    dt = real(dt_BSx.astype(jnp.float32))
     if bias_x is not None:
         dt = dt + bias_x.astype(jnp.float32)[None, None]
     dt = jax.nn.softplus(dt) if softplus else dt
-    return dt if real_BS is None else jnp.where(real_BS[..., None], dt, 0)
+    if limits is not None:
+        low, high = limits
+        dt = jnp.where(dt < low, low, jnp.where(dt > high, high, dt))
+    return real(dt)

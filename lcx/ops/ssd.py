@@ -45,11 +45,9 @@ def rate_1H11(inputs: Inputs) -> jax.Array:
 
 
 def steps_BSH(inputs: Inputs, spec: SsdSpec) -> jax.Array:
-    """fp32 step sizes within the limits, 0 at padding, whatever stands there. A dt outside the limits has no gradient."""
-    low, high = spec.dt_limit
-    real = (lambda x: x) if inputs.marks is None else (lambda x: jnp.where(inputs.marks.real_BS[..., None], x, 0))
-    dt = step_sizes(real(inputs.dt_BSH), inputs.dt_bias_H, spec.dt_softplus, None)
-    return real(jnp.where(dt < low, low, jnp.where(dt > high, high, dt)))
+    """fp32 step sizes within the limits, 0 at padding."""
+    real_BS = None if inputs.marks is None else inputs.marks.real_BS
+    return step_sizes(inputs.dt_BSH, inputs.dt_bias_H, spec.dt_softplus, real_BS, spec.dt_limit)
 
 
 def ssd(
