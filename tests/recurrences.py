@@ -1,5 +1,7 @@
 """What the tests of the recurrences share: results by name and comparisons that must also be able to fail."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,27 @@ def compare_summaries(kernel, definition, inputs, spec, dy, other_inputs):
         assert_close(got.state, right.state, gradient=True)
         with pytest.raises(AssertionError):
             assert_close(wrong.state, right.state, gradient=True)
+
+
+def compare_over_devices(op, arrays, segments, dy, whole, parts, implementation):
+    """Summaries, states passed between devices, and gradients, with every mesh axis manual; and a lost state would be seen."""
+
+    def results(arrays, segments, mesh, implementation):
+        scan = functools.partial(op, mesh=mesh, segments_BS=segments, implementation=implementation)
+        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
+        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
+
+    def on(mesh, implementation, segments):
+        with jax.set_mesh(mesh):
+            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays, segments)
+
+    expected = on(whole, "reference", segments)
+    with interpret.interpreted():
+        actual = on(parts, implementation, segments)
+    compare(actual, expected)
+    # The twin: where no state is passed on, it is as if a document began on every device.
+    device_S = np.arange(segments.shape[1]) * parts.size // segments.shape[1]
+    lost = on(whole, "reference", np.where(segments == 0, 0, segments + (segments.max() + 1) * device_S).astype(np.int32))
+    for name in ("y", *(name for name in expected if name.startswith("ddt"))):
+        with pytest.raises(AssertionError):
+            assert_close(actual[name], lost[name], gradient=name != "y")

@@ -19,7 +19,7 @@ from lcx.parallel import recurrences
 from lcx.planning.bundles import environment
 from lcx.registry import UserError
 from pallas_kernels import interpret, selective_scan_tpu, selective_scan_tpu_cut, selective_scan_tpu_layout
-from tests.recurrences import breaks, compare, compare_summaries, runner
+from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 from tests.tpu_bundles import TARGETS
@@ -98,19 +98,7 @@ def test_it_equals_the_reference_in_loops_as_on_a_device():
 def test_over_devices_it_equals_the_whole(short_chunks, mesh_of):
     """Summaries, states passed between devices, and gradients, with every mesh axis manual."""
     arrays, segments, (dy, _) = problem(1, 80, 128, 2, without=("initial_state_BEN",))
-
-    def results(arrays, mesh, implementation):
-        scan = functools.partial(recurrences.selective_scan, mesh=mesh, segments_BS=segments, implementation=implementation)
-        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
-        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
-
-    def on(mesh, implementation):
-        with jax.set_mesh(mesh):
-            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
-
-    expected = on(mesh_of(), "reference")
-    with interpret.interpreted():
-        compare(on(mesh_of(seq=4), "mosaic_tpu"), expected)
+    compare_over_devices(recurrences.selective_scan, arrays, segments, dy, mesh_of(), mesh_of(seq=4), "mosaic_tpu")
 
 
 # Where it runs.

@@ -21,7 +21,7 @@ from lcx.registry import UserError
 from pallas_kernels import interpret, selective_scan_triton, selective_scan_triton_cut, selective_scan_triton_token
 from pallas_kernels.selective_scan_triton_token import softplus
 from pallas_kernels.triton_launch import launch
-from tests.recurrences import compare, compare_summaries, runner
+from tests.recurrences import compare, compare_over_devices, compare_summaries, runner
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 
@@ -140,19 +140,7 @@ def test_segments_that_are_forgotten_change_no_bit(monkeypatch):
 def test_over_devices_it_equals_the_whole(mesh_of):
     """Summaries, states passed between devices, and gradients, with every mesh axis manual."""
     arrays, segments, (dy, _) = problem(1, 16, 6, 2, without=("initial_state_BEN",))
-
-    def results(arrays, mesh, implementation):
-        scan = functools.partial(recurrences.selective_scan, mesh=mesh, segments_BS=segments, implementation=implementation)
-        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
-        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
-
-    def on(mesh, implementation):
-        with jax.set_mesh(mesh):
-            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
-
-    expected = on(mesh_of(), "reference")
-    with interpret.interpreted():
-        compare(on(mesh_of(seq=4), "triton"), expected)
+    compare_over_devices(recurrences.selective_scan, arrays, segments, dy, mesh_of(), mesh_of(seq=4), "triton")
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from lcx.parallel import recurrences
 from lcx.planning.bundles import blocks, environment, vmem_bytes
 from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_tpu, ssd_tpu_chunk, ssd_tpu_cut
-from tests.recurrences import breaks, compare, compare_summaries, runner
+from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
 from tests.tolerance import assert_close, rms_ratio
 
@@ -145,19 +145,7 @@ def test_the_gradient_of_slow_rates_over_a_long_row(short_chunks):
 def test_over_devices_it_equals_the_whole(short_chunks, mesh_of):
     """Summaries, states passed between devices, and gradients, with every mesh axis manual."""
     arrays, segments, (dy, _) = problem(1, 80, 2, 64, 1, 64, without=("initial_state_BHKN",))
-
-    def results(arrays, mesh, implementation):
-        scan = functools.partial(recurrences.ssd, mesh=mesh, segments_BS=segments, implementation=implementation)
-        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
-        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
-
-    def on(mesh, implementation):
-        with jax.set_mesh(mesh):
-            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
-
-    expected = on(mesh_of(), "reference")
-    with interpret.interpreted():
-        compare(on(mesh_of(seq=4), "mosaic_tpu"), expected)
+    compare_over_devices(recurrences.ssd, arrays, segments, dy, mesh_of(), mesh_of(seq=4), "mosaic_tpu")
 
 
 def test_padding_may_hold_anything(short_chunks):

@@ -13,7 +13,7 @@ from lcx.ops.ssd import Inputs, SsdSpec, ssd
 from lcx.parallel import recurrences
 from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_triton, ssd_triton_cut
-from tests.recurrences import breaks, compare, compare_summaries, runner
+from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
 from tests.tolerance import rms_ratio
 
@@ -146,19 +146,7 @@ def test_over_devices_it_equals_the_whole(short, mesh_of, monkeypatch):
     """Summaries, states passed between devices, and gradients, with every mesh axis manual; two stripes on each device."""
     monkeypatch.setattr(ssd_triton_cut, "STRIPE", 1)
     arrays, segments, (dy, _) = problem(1, 72, 1, 16, 1, 16, without=("initial_state_BHKN",))
-
-    def results(arrays, mesh, implementation):
-        scan = functools.partial(recurrences.ssd, mesh=mesh, segments_BS=segments, implementation=implementation)
-        y, pull = jax.vjp(lambda arrays: scan(**arrays), arrays)
-        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
-
-    def on(mesh, implementation):
-        with jax.set_mesh(mesh):
-            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
-
-    expected = on(mesh_of(), "reference")
-    with interpret.interpreted():
-        compare(on(mesh_of(seq=2), "triton"), expected)
+    compare_over_devices(recurrences.ssd, arrays, segments, dy, mesh_of(), mesh_of(seq=2), "triton")
 
 
 def test_padding_may_hold_anything(short):
