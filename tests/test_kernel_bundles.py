@@ -1,34 +1,23 @@
-"""Instruction bundles and vector memory of the TPU attention kernels, read from what libtpu writes: compiled, not run.
-
-Run as a program, this file compiles the kernels for the target that it is given.
-"""
+"""Instruction bundles and vector memory of the TPU attention kernels, read from what libtpu writes: compiled, not run."""
 
 import importlib.util
-import pathlib
-import subprocess
-import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from lcx.ops.types import AttentionSpec, Mask, Runs, Segments
-from lcx.planning.bundles import Block, blocks, environment, longest, vmem_bytes
-from lcx.planning.topologies import topology_mesh
-from pallas_kernels import attention_tpu
+from lcx.planning.bundles import blocks, environment, longest, vmem_bytes
+from lcx.planning.kernel_counts import compile_into, tpu_attention
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
-ROOT = pathlib.Path(__file__).parent.parent
 KERNELS = ("forward", "backward")
 # Bundles for one pair of tiles, 512 queries by 512 keys, K=128, bf16, causal, packed documents: (nothing hidden, masked).
 # By target and runs a side: one, and the sixteen of cyclic order. Measured with libtpu 0.0.48.1; a budget is 3 % more.
 MEASURED = {
-    ("v5p:2x2x1", 1): dict(forward=(1397, 1682), backward=(2524, 2694)),
-    ("v5e:2x2", 1): dict(forward=(1427, 1556), backward=(2422, 2598)),
-    ("v6e:2x2", 1): dict(forward=(1013, 1303), backward=(1457, 1835)),
-    ("v5p:2x2x1", 16): dict(forward=(1400, 1694), backward=(2530, 2708)),
+    ("v5p", 1): dict(forward=(1397, 1682), backward=(2524, 2694)),
+    ("v5e", 1): dict(forward=(1427, 1556), backward=(2422, 2598)),
+    ("v6e", 1): dict(forward=(1013, 1303), backward=(1457, 1835)),
+    ("v5p", 16): dict(forward=(1400, 1694), backward=(2530, 2708)),
 }
 MARGIN = 1.03
 # Bytes of a kernel, of the 16 MiB that the compiler lets it have. Measured: 2.2 to 4.3 MiB, of which 1 MiB is spilled registers.
@@ -109,36 +98,13 @@ def test_the_environment_keeps_what_is_there(monkeypatch):
 # The kernels.
 
 
-def compile_kernels(target: str, runs: str) -> None:
-    """Forward and backward pass of one device: so long a row that tiles come from HBM, as they do in use."""
-    S, H, G, K = 2**17, 2, 1, 128
-    device = topology_mesh(target, data=-1).devices.reshape(-1)[:1]
-    sharding = jax.sharding.SingleDeviceSharding(device[0])
-    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
-    def passes(q, k, v, do, lse, delta, ids, start):
-        order = Runs(start, S // int(runs))
-        options = dict(spec=AttentionSpec(Mask(), K**-0.5), order_q=order, order_k=order, segments=Segments(ids, ids))
-        return attention_tpu.forward(q, k, v, **options), attention_tpu.backward(q, k, v, do, lse, delta, **options)
-
-    q, k, rows = shape(1, S, H, K), shape(1, S, G, K), shape(1, H, S, dtype=jnp.float32)
-    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh):
-        jax.jit(passes).lower(q, k, k, q, rows, rows, shape(1, S, dtype=jnp.int32), shape(int(runs), dtype=jnp.int32)).compile()
-
-
-def bodies(folder: pathlib.Path, kernel: str) -> list[Block]:
-    """Of the loop over tiles: of a pair of tiles with nothing hidden, and of one that is masked."""
-    return longest([block for block in blocks(folder, f"lcx_attention_{kernel}") if block.loops == 2], 2)
-
-
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("target", "runs"), [pytest.param(*key, marks=[] if key == ("v5p:2x2x1", 1) else pytest.mark.slow) for key in MEASURED]
+    ("target", "runs"), [pytest.param(*key, marks=[] if key == ("v5p", 1) else pytest.mark.slow) for key in MEASURED]
 )
 def test_attention_stays_within_its_bundles(target, runs, tmp_path, capsys):
-    command = [sys.executable, "-m", "tests.test_kernel_bundles", target, str(runs)]
-    subprocess.run(command, cwd=ROOT, env=environment(tmp_path) | dict(JAX_PLATFORMS="cpu"), check=True, timeout=300)
-    table = {kernel: (bodies(tmp_path, kernel), vmem_bytes(tmp_path, f"lcx_attention_{kernel}")) for kernel in KERNELS}
+    compile_into(tmp_path, "attention", target, runs)
+    table = {kernel: (tpu_attention(tmp_path, kernel), vmem_bytes(tmp_path, f"lcx_attention_{kernel}")) for kernel in KERNELS}
     for kernel, (found, memory) in table.items():
         text = ", ".join(f"{b.bundles} bundles ({b.share('MXU'):.0%} MXU, {b.used['VSTORE:SPILL']} spills)" for b in found)
         with capsys.disabled():
@@ -149,7 +115,3 @@ def test_attention_stays_within_its_bundles(target, runs, tmp_path, capsys):
         assert whole <= budgets[0] and masked <= budgets[1], (kernel, whole, masked)
         assert masked > budgets[0], f"{kernel}: a mask where none is needed would not be noticed"
         assert memory <= VMEM, (kernel, memory)
-
-
-if __name__ == "__main__":
-    compile_kernels(*sys.argv[1:])

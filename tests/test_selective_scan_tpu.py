@@ -2,10 +2,6 @@
 
 import functools
 import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +12,13 @@ from lcx.ops import selective_scan_chunked as chunked
 from lcx.ops.recurrence import marks
 from lcx.ops.selective_scan import Inputs, ScanSpec, selective_scan
 from lcx.parallel import recurrences
-from lcx.planning.bundles import environment
+from lcx.planning.kernel_counts import compile_into, tpu_scan
+from lcx.planning.kernels import TPUS, compile_selective_scan
 from lcx.registry import UserError
 from pallas_kernels import interpret, selective_scan_tpu, selective_scan_tpu_cut, selective_scan_tpu_layout
 from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
-from tests.tpu_bundles import TARGETS
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
@@ -156,58 +152,34 @@ def test_a_mesh_that_is_left_to_the_compiler_is_refused(mesh_of):
 # Ahead of time.
 
 
-def compile_for(target: str, tokens: int, channels: int, states: int, dtype="bfloat16", summaries: bool = False):
-    """Both passes on one device of a target, with everything optional; or what a device says about its tokens."""
-    from lcx.planning.topologies import topology_mesh
-
-    device = topology_mesh(TARGETS[target], data=-1).devices.reshape(-1)[:1]
-    sharding = jax.sharding.SingleDeviceSharding(device[0])
-    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
-    by_token, by_map, by_channel = shape(1, tokens, channels), shape(1, tokens, states), shape(channels, dtype="float32")
-    rates, state = shape(channels, states, dtype="float32"), shape(1, channels, states, dtype="float32")
-    arrays = Inputs(by_token, by_token, rates, by_map, by_map, by_channel, by_token, by_channel)
-    spec = ScanSpec()
-
-    def passes(inputs, segments, state, dy):
-        inputs = inputs._replace(marks=marks(segments))
-        if summaries:
-            return selective_scan_tpu.summary(inputs, spec=spec), selective_scan_tpu.reverse_summary(inputs, dy, spec=spec)
-        y, final, residuals = selective_scan_tpu.forward(inputs, state, spec=spec)
-        gradients, dinitial = selective_scan_tpu.backward(inputs, residuals, dy, final, spec=spec)
-        return y, gradients._replace(marks=None), dinitial
-
-    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh), jax.default_matmul_precision("default"):
-        return jax.jit(passes).lower(arrays, shape(1, tokens, dtype="int32"), state, by_token).compile()
-
-
 @needs_libtpu
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 def test_compiles_for_every_tpu(target, monkeypatch):
     """A last tile and a last chunk that are not full; for v5p 2^22 tokens, 2^32 elements, loops unrolled."""
     if target != "v5p":
         monkeypatch.setattr(selective_scan_tpu_layout, "UNROLLED", 1)  # a third of the time
     tokens, channels = (2**22, 1024) if target == "v5p" else (300, 1152)
-    assert "lcx_selective_scan_backward" in compile_for(target, tokens, channels, states=2).as_text()
+    assert "lcx_selective_scan_backward" in compile_selective_scan(target, tokens, channels, 2).as_text()
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize(("dtype", "states", "channels"), [("bfloat16", 16, 4096), ("float32", 16, 2048), ("float32", 32, 128)])
 def test_compiles_at_other_sizes(target, dtype, states, channels):
     shapes, dtypes = dict(A_EN=(channels, states)), dict.fromkeys(("u_BSE", "dt_BSE"), jnp.dtype(dtype))
     reason = selective_scan_tpu.refuse(ScanSpec(), shapes, dtypes, {"v4": "TPU v4"}.get(target, "TPU v5p"))
     if reason is None:
-        compile_for(target, 1000, channels, states, dtype)
+        compile_selective_scan(target, 1000, channels, states, dtype)
     else:
         assert target == "v4" and states == 32 and "take more memory" in reason
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 def test_the_summaries_compile(target):
-    text = compile_for(target, 2**20, 1024, 16, summaries=True).as_text()
+    text = compile_selective_scan(target, 2**20, 1024, 16, passes=False, summaries=True).as_text()
     assert "lcx_selective_scan_summary" in text and "lcx_selective_scan_reverse_summary" in text
 
 
@@ -215,19 +187,9 @@ def test_the_summaries_compile(target):
 @pytest.mark.slow
 def test_memory_at_four_million_tokens():
     """States of the boundaries, and otherwise nothing in proportion to tokens times channels: both passes, N=16."""
-    memory = compile_for("v5p", 2**22, 1024, 16).memory_analysis()
+    memory = compile_selective_scan("v5p", 2**22, 1024, 16).memory_analysis()
     boundaries = 4 * 16 / 128 * 2**22 * 1024
     assert boundaries <= memory.temp_size_in_bytes <= 2 * boundaries
-
-
-def bundles_for(target: str, folder: pathlib.Path) -> dict[str, float]:
-    """In a process of its own: the compiler reads once where to write."""
-    root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "tests.tpu_bundles", target, str(folder)]
-    run = dict(cwd=root, env=environment(folder) | dict(JAX_PLATFORMS="cpu"), capture_output=True, text=True)
-    done = subprocess.run(command, **run, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @needs_libtpu
@@ -235,6 +197,7 @@ def bundles_for(target: str, folder: pathlib.Path) -> dict[str, float]:
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_bundles(target, tmp_path):
     """At most 40 for a token of 1,024 channels forward, and three times what the forward pass takes backward."""
-    found = bundles_for(target, tmp_path)
+    compile_into(tmp_path, "selective_scan", target)
+    found = tpu_scan(tmp_path)
     assert found["forward"] <= 40
     assert found["backward"] <= 3 * found["forward"]

@@ -1,13 +1,7 @@
-"""The TPU kernels of state-space duality: interpreted against the reference, refusals, compiled for every TPU, bundles.
-
-Run as a program, this file compiles both passes for the target that it is given.
-"""
+"""The TPU kernels of state-space duality: interpreted against the reference, refusals, compiled for every TPU, bundles."""
 
 import functools
 import importlib.util
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +12,9 @@ from lcx.ops import ssd_chunked as chunked
 from lcx.ops.recurrence import marks
 from lcx.ops.ssd import Inputs, SsdSpec, ssd
 from lcx.parallel import recurrences
-from lcx.planning.bundles import blocks, environment, vmem_bytes
+from lcx.planning.bundles import vmem_bytes
+from lcx.planning.kernel_counts import compile_into, tpu_ssd
+from lcx.planning.kernels import TPUS, compile_ssd
 from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_tpu, ssd_tpu_chunk, ssd_tpu_cut
 from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
@@ -28,8 +24,6 @@ from tests.tolerance import assert_close, rms_ratio
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
-TARGETS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ROOT = pathlib.Path(__file__).parent.parent
 # Bundles for a token and head, K=64, N=128, bf16, four tiles of heads a core, packed documents: (forward, backward).
 # Measured with libtpu 0.0.48.1; a budget is 3 % more.
 MEASURED = {"v5p": (1.32, 3.18), "v5e": (1.24, 3.07), "v6e": (1.02, 2.50)}
@@ -224,62 +218,31 @@ def test_a_mesh_that_is_left_to_the_compiler_is_refused(mesh_of):
 # Ahead of time.
 
 
-def compile_for(target: str, S: int, H: int, K: int, G: int, N: int, dtype="bfloat16", summaries: bool = False):
-    """Both passes on one device of a target, with everything optional; or what a device says about its tokens.
-
-    Tokens come and go as B S E, as a mixer has them: arrays with heads of 64 as their last dim would be padded in memory.
-    """
-    from lcx.planning.topologies import topology_mesh
-
-    device = topology_mesh(TARGETS[target], data=-1).devices.reshape(-1)[:1]
-    sharding = jax.sharding.SingleDeviceSharding(device[0])
-    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
-    x, maps, of_heads = shape(1, S, H * K), shape(1, S, G * N), shape(H, dtype="float32")
-    spec = SsdSpec()
-    split = lambda x, parts: x.reshape(1, S, parts, -1)
-    flat = lambda x: x.reshape(1, S, -1)
-
-    def passes(inputs, segments, state, dy):
-        inputs = inputs._replace(x_BSHK=split(inputs.x_BSHK, H), marks=marks(segments))
-        inputs, dy = inputs._replace(B_BSGN=split(inputs.B_BSGN, G), C_BSGN=split(inputs.C_BSGN, G)), split(dy, H)
-        if summaries:
-            return ssd_tpu.summary(inputs, spec=spec), ssd_tpu.reverse_summary(inputs, dy, spec=spec)
-        y, final, residuals = ssd_tpu.forward(inputs, state, spec=spec)
-        gradients, dinitial = ssd_tpu.backward(inputs, residuals, dy, final, spec=spec)
-        by_token = {name: flat(x) for name, x in gradients._asdict().items() if name in BY_TOKEN}
-        return flat(y), gradients._replace(**by_token), dinitial
-
-    inputs = Inputs(x, shape(1, S, H), of_heads, maps, maps, of_heads, of_heads)
-    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh), jax.default_matmul_precision("default"):
-        state = shape(1, H, K, N, dtype="float32")
-        return jax.jit(passes).lower(inputs, shape(1, S, dtype="int32"), state, x).compile()
-
-
 @needs_libtpu
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 def test_compiles_for_every_tpu(target, monkeypatch):
     """For v5p eight million tokens, arrays of 2^32 elements; for the others a last block that is not full."""
     monkeypatch.setattr(ssd_tpu_chunk, "TOGETHER", 1)  # less code, which is what compiling takes time for
     size = (2**23, 8, 64, 1, 64) if target == "v5p" else (300, 2, 64, 1, 64)
-    assert "lcx_ssd_backward" in compile_for(target, *size).as_text()
+    assert "lcx_ssd_backward" in compile_ssd(target, *size).as_text()
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [((1000, 16, 64, 1, 128), "bfloat16"), ((1000, 6, 64, 2, 192), "bfloat16"), ((1000, 4, 128, 2, 256), "float32")],
 )
 def test_compiles_at_other_sizes(target, size, dtype):
-    compile_for(target, *size, dtype)
+    compile_ssd(target, *size, dtype)
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 def test_the_summaries_compile(target):
-    text = compile_for(target, 2**20, 16, 64, 1, 128, summaries=True).as_text()
+    text = compile_ssd(target, 2**20, 16, 64, 1, 128, passes=False, summaries=True).as_text()
     assert "lcx_ssd_summary" in text and "lcx_ssd_reverse_summary" in text
 
 
@@ -288,36 +251,20 @@ def test_the_summaries_compile(target):
 def test_memory_at_four_million_tokens():
     """States of the blocks and what the parts of a group add to dB and dC in fp32; otherwise nothing in proportion to tokens."""
     S, H, K, N = 2**22, 16, 64, 128
-    memory = compile_for("v5p", S, H, K, 1, N).memory_analysis()
+    memory = compile_ssd("v5p", S, H, K, 1, N).memory_analysis()
     states, maps = 4 * H * K * N * S // 512, 2 * 2 * 4 * N * S
     assert states + maps <= memory.temp_size_in_bytes <= 1.25 * (states + maps)
-
-
-def bundles(folder: pathlib.Path, kernel: str) -> float:
-    """Of a token and head: those of a program's block of four chunks, and of each chunk's four tiles of two heads."""
-    found = blocks(folder, kernel)
-    of_block = sum(block.bundles for block in found if block.loops <= 1)
-    of_chunk = [block.bundles for block in found if block.loops == 2]
-    *sweep, _ = (count for count in of_chunk if count > 100)  # the states inside a block, for all chunks but its last
-    assert len(sweep) == kernel.endswith("backward") and max(block.loops for block in found) == 2, of_chunk
-    return (of_block / 4 + sum(of_chunk) - 0.25 * sum(sweep)) / (128 * 8)
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("target", MEASURED)
 def test_bundles_and_vector_memory(target, tmp_path, capsys):
-    command = [sys.executable, "-m", "tests.test_ssd_tpu", target]
-    subprocess.run(command, cwd=ROOT, env=environment(tmp_path) | dict(JAX_PLATFORMS="cpu"), check=True, timeout=300)
-    names = ("lcx_ssd", "lcx_ssd_backward")
-    counted, memory = [bundles(tmp_path, name) for name in names], [vmem_bytes(tmp_path, name) for name in names]
+    compile_into(tmp_path, "ssd", target)
+    counted, memory = tpu_ssd(tmp_path).values(), [vmem_bytes(tmp_path, name) for name in ("lcx_ssd", "lcx_ssd_backward")]
     with capsys.disabled():
         text = [f"{count:.2f} bundles, {size / 2**20:.1f} MiB" for count, size in zip(counted, memory, strict=True)]
         print(f"\n{target}: forward {text[0]}; backward {text[1]}", end="")
     for count, measured in zip(counted, MEASURED[target], strict=True):
         assert count <= MARGIN * measured
     assert max(memory) <= VMEM
-
-
-if __name__ == "__main__":
-    compile_for(sys.argv[1], 2048, 16 if sys.argv[1] == "v5p" else 8, 64, 1, 128)

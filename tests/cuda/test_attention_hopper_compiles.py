@@ -18,8 +18,9 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.ops.types import AttentionSpec, Mask, Runs, Segments
+from lcx.planning.gpus import h100s
 from pallas_kernels import attention_hopper
-from tests.cuda.h100 import h100s, needs_cuda
+from tests.cuda.installed import needs_cuda
 
 pytestmark = needs_cuda
 

@@ -9,9 +9,10 @@ from lcx.command import GPU_OPTIONS
 from lcx.mesh import make_mesh
 from lcx.ops.types import Mask
 from lcx.parallel.attention import context_attention
+from lcx.planning.gpus import h100s
 from lcx.planning.schedule import overlapped, transfers
 from lcx.sharding import activation_spec
-from tests.cuda.h100 import h100s, needs_cuda
+from tests.cuda.installed import needs_cuda
 
 pytestmark = needs_cuda
 # What tests/conftest.py has XLA leave out.

@@ -1,15 +1,8 @@
-"""H100s to compile for: no GPU is needed, only JAX's CUDA packages."""
-
-import importlib.util
+"""H100s that are not here: XLA's CUDA compiler takes them from a description, so JAX's CUDA packages are all that it needs."""
 
 import jax
-import pytest
 from jax.experimental import topologies
 
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="NOT CHECKED: JAX's CUDA compiler is not installed here (make check-cuda installs it)",
-)
 # A Hopper SM, as XLA's CUDA compiler wants it described.
 H100 = """
 gpu_device_info {
@@ -27,6 +20,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def h100s(count: int) -> list[jax.Device]:
-    """GPUs of one host."""
+    """GPUs of one host, to compile for; nothing can run on them."""
     shape = f"1x1x{count}"
     return topologies.get_topology_desc(platform="cuda", topology_name=shape, topology=shape, target_config=H100).devices

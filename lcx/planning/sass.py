@@ -3,13 +3,15 @@
 import collections
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
+import sys
+import tempfile
 
-
-def _tool(package: str, *path: str) -> pathlib.Path:
-    return pathlib.Path(importlib.util.find_spec(package).submodule_search_locations[0], *path)
+ROOT = pathlib.Path(__file__).parent.parent.parent
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.EX2)?[^`(\n]*(?:`\((\.L_\w+)\))?")
 
 
 @dataclasses.dataclass
@@ -27,14 +29,46 @@ class Loop:
         alone = size(self) - sum(size(loop) for loop in self.inside)
         return alone + sum(turns[0] * loop.executed(*turns[1:]) for loop in self.inside)
 
+    def innermost(self) -> list["Loop"]:
+        """The loops in it that have none inside, or itself."""
+        return [deeper for loop in self.inside for deeper in loop.innermost()] or [self]
+
 
 @dataclasses.dataclass
 class Code:
-    """A kernel: registers of a thread, bytes of spill stores, the outermost loops."""
+    """A kernel: registers of a thread, bytes of spill stores, all instructions by name, the outermost loops."""
 
     registers: int
     spilled: int
+    instructions: collections.Counter
     loops: list[Loop]
+
+    def longest(self) -> Loop:
+        """The outermost loop with most instructions."""
+        return max(self.loops, key=lambda loop: loop.instructions.total())
+
+
+def of_program(module: str, *arguments: str, timeout: float = 900) -> tuple[dict[str, list[Code]], str]:
+    """What becomes of the Triton kernels that a program compiles, by the names of their functions; and what it prints.
+
+    In a process of its own, because where Triton writes, and whether it compiles at all, is decided when it is imported.
+
+    Args:
+      module: run as `python -m module arguments`.
+
+    Raises:
+      RuntimeError: it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | dict(JAX_PLATFORMS="cpu", JAX_TRITON_DUMP_DIR=folder, TRITON_INTERPRET="0", XLA_FLAGS="")
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        found: dict[str, list[Code]] = {}
+        for ptx in sorted(pathlib.Path(folder).rglob("*_kernel.ptx")):
+            found.setdefault(ptx.stem.removesuffix("_kernel"), []).append(assembled(ptx))
+        return found, done.stdout
 
 
 def assembled(ptx: pathlib.Path) -> Code:
@@ -44,7 +78,8 @@ def assembled(ptx: pathlib.Path) -> Code:
     said = run(_tool("nvidia", "cu13", "bin", "ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin).stderr
     listing = run(_tool("triton", "backends", "nvidia", "bin", "nvdisasm"), "-c", cubin).stdout
     number = lambda pattern: int(re.search(pattern, said)[1])
-    return Code(number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), loops(listing))
+    instructions = collections.Counter(name for name, _, _ in _INSTRUCTION.findall(listing))
+    return Code(number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), instructions, loops(listing))
 
 
 def loops(listing: str) -> list[Loop]:
@@ -55,9 +90,7 @@ def loops(listing: str) -> list[Loop]:
             break
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(names)
-        elif instruction := re.search(
-            r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.EX2)?[^`(]*(?:`\((\.L_\w+)\))?", line
-        ):
+        elif instruction := _INSTRUCTION.search(line):
             name, power, to = instruction.groups()
             if name == "BRA" and to in labels:
                 branches.append((labels[to], len(names)))
@@ -73,3 +106,7 @@ def loops(listing: str) -> list[Loop]:
         (open_[-1].inside if open_ else outermost).append(loop)
         open_.append(loop)
     return outermost
+
+
+def _tool(package: str, *path: str) -> pathlib.Path:
+    return pathlib.Path(importlib.util.find_spec(package).submodule_search_locations[0], *path)
