@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from lcx import bench, command
-from lcx.benchmarks import scan_numerics, scan_peers, scan_targets, scans, selective_scan, speed, ssd
+from lcx.benchmarks import scan_far, scan_numerics, scan_peers, scan_targets, scans, selective_scan, speed, ssd
 from lcx.benchmarks.scan_cases import Scan, Ssd
-from lcx.ops import selective_scan_chunked
+from lcx.ops import selective_scan_chunked, ssd_chunked
+from lcx.planning import memory
 from lcx.registry import UserError
 from tests.tolerance import assert_close
 
@@ -40,7 +42,8 @@ def test_it_runs_and_writes(op, small, tmp_path, capsys):
 
     assert set(found) == {"conditions", "numerics", "timings", "targets"}
     assert {"mosaic_tpu", "attention cudnn", "mamba_ssm"} <= set(found["conditions"]["left_out"])
-    assert [(row["implementation"], row["status"]) for row in found["numerics"]] == [("chunked", "ok")]
+    assert [(row["implementation"], row["status"]) for row in found["numerics"]] == [("chunked", "ok"), ("chunked", "refused")]
+    assert found["numerics"][1]["reason"] == "not tried: cpu does not say how much memory it has"
     peer = {"selective_scan": "associative_scan", "ssd": "mamba1 chunked"}[op]
     rows = [(row["direction"], row["implementation"]) for row in found["timings"]]
     assert rows == [(way, name) for way in scans.DIRECTIONS for name in ("chunked", peer, "attention chunked")]
@@ -61,8 +64,46 @@ def test_wrong_numbers_are_said_and_end_in_status_1(small, tmp_path, capsys, mon
     monkeypatch.setattr(scans.results, "plot_times", lambda rows, path: None)
     assert command.status(bench.run, ["selective_scan", "--out", str(tmp_path)]) == 1
     assert "numbers of an implementation are wrong" in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "selective_scan_cpu.json").read_text())["numerics"]
+    row, _ = json.loads((tmp_path / "selective_scan_cpu.json").read_text())["numerics"]
     assert row["status"] == "wrong" and row["reason"].startswith("y over")
+
+
+FAR = {"selective_scan": Scan(1, 39, 8, 2, dtype="float32"), "ssd": Ssd(1, 39, 2, 4, 64, dtype="float32")}
+CHUNKED = {"selective_scan": selective_scan_chunked, "ssd": ssd_chunked}
+
+
+@pytest.mark.parametrize("op", FAR)
+def test_a_row_equals_its_pieces(op, monkeypatch):
+    """The twins: in one call the last tokens' outputs are lost, or their gradients."""
+    case, module = FAR[op], CHUNKED[op]
+    assert scan_far.compare(case, "chunked")["reason"] == "not tried: cpu does not say how much memory it has"
+    monkeypatch.setattr(scan_far, "memory_stats", lambda device: dict(bytes_limit=2**30))
+    row = scan_far.compare(case, "chunked")
+    assert row["status"] == "ok" and {"y", "final", f"d{case.state[0]}"} < set(row["errors"]), row
+
+    def lost(x):
+        return x.at[:, 35:].set(0) if x.ndim > 2 and x.shape[1] == case.S else x
+
+    for name, which in (("forward", "y"), ("backward", "d")):
+        call = getattr(module, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *args, call=call, **options: jax.tree.map(lost, call(*args, **options)))
+            row = scan_far.compare(case, "chunked")
+            assert row["status"] == "wrong" and row["reason"].startswith(which), row
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    for module in (scan_far, memory):
+        monkeypatch.setattr(module, "memory_stats", lambda device: dict(bytes_limit=2**10))
+    row = scan_far.compare(FAR["ssd"], "chunked")
+    assert row["status"] == "refused" and row["errors"] == {}
+    assert re.fullmatch(r"not tried: it needs .* GiB on each cpu and it has 0.0", row["reason"])
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_far_is_far_and_its_pieces_are_not(module):
+    numbers = module.FAR.S * module.FAR.E
+    assert numbers > 2**31 > numbers / scan_far.PIECES and module.FAR.S % scan_far.PIECES == 0
 
 
 def test_the_associative_scan_computes_the_same():

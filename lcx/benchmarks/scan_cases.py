@@ -55,6 +55,11 @@ class Scan:
             dt_bias_E=of.step_biases(E),
         )
 
+    @property
+    def state(self) -> tuple[str, tuple[int, ...]]:
+        """The name of an initial state among the arguments, and its shape."""
+        return "initial_state_BEN", (self.B, self.E, self.N)
+
     def solver(self, implementation: str) -> Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
         """Arguments -> (y, final state) by this implementation."""
         return _solver(functools.partial(selective_scan, implementation=implementation), self.segments_BS())
@@ -112,6 +117,11 @@ class Ssd:
             D_H=jnp.ones(H),
             dt_bias_H=of.step_biases(H),
         )
+
+    @property
+    def state(self) -> tuple[str, tuple[int, ...]]:
+        """As of `Scan`."""
+        return "initial_state_BHKN", (self.B, self.H, self.K, self.N)
 
     def solver(self, implementation: str) -> Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
         """As of `Scan`."""

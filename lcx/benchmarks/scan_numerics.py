@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.benchmarks.cases import pullback
-from lcx.benchmarks.numerics import judged
+from lcx.benchmarks.numerics import errors, judged
 from lcx.benchmarks.scan_cases import Scan, Ssd
 
 # RMS of the difference over RMS of the reference, by dtype: values, gradients, the final state, which is fp32 throughout. Ten
 # times the tests' for fp32: a device's exp and log are one instruction each.
 LIMITS = {"float32": (1e-5, 5e-5, 1e-5), "bfloat16": (8e-3, 2e-2, 1e-5)}
+
+
+def limits(dtype: str, names: Iterable[str]) -> dict[str, float]:
+    """The limit of each result: `y`, `final`, the gradients."""
+    value, gradient, state = LIMITS[dtype]
+    return {name: {"y": value, "final": state}.get(name, gradient) for name in names}
 
 
 def values(case: Scan | Ssd, implementation: str, inputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -37,9 +43,8 @@ def compare(cases: Sequence[Scan | Ssd], implementations: Sequence[str]) -> list
         exact = {name: x.astype(jnp.float32) for name, x in inputs.items()}
         with jax.default_matmul_precision("highest"):
             expected = values(dataclasses.replace(case, dtype="float32"), "reference", exact)
-        value, gradient, state = LIMITS[case.dtype]
-        limits = {name: {"y": value, "final": state}.get(name, gradient) for name in expected}
         for name in implementations:
             row = dict(case=f"{case.name}, {case.dtype}", S=case.S, implementation=name)
-            rows.append(row | judged(functools.partial(values, case, name, inputs), expected, limits))
+            find = functools.partial(errors, functools.partial(values, case, name, inputs), expected)
+            rows.append(row | judged(find, limits(case.dtype, expected)))
     return rows

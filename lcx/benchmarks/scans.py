@@ -9,7 +9,7 @@ import jax
 
 from lcx import command
 from lcx.benchmarks import attention as attention_benchmark
-from lcx.benchmarks import results, scan_peers, speed
+from lcx.benchmarks import results, scan_far, scan_peers, speed
 from lcx.benchmarks.scan_cases import Scan, Ssd
 from lcx.benchmarks.scan_numerics import compare
 from lcx.benchmarks.scan_targets import OURS
@@ -35,6 +35,7 @@ class Benchmark:
     Attributes:
       op: a key of `pallas_kernels.KERNELS`.
       checked: tokens of a row -> cases whose numbers are compared with the reference's.
+      far: a row of more than 2^31 numbers, which is compared with its pieces.
       timed: (tokens of a row, rows, whether for a CPU) -> cases of one length.
       peers: name -> peer (`lcx.benchmarks.scan_peers`), beside those that every recurrence has.
       judge: rows -> targets (`lcx.benchmarks.scan_targets`), which are for an H200.
@@ -42,6 +43,7 @@ class Benchmark:
 
     op: str
     checked: Callable[[int], Sequence[Case]]
+    far: Case
     timed: Callable[[int, int, bool], Sequence[Case]]
     peers: dict[str, Callable]
     judge: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -140,10 +142,11 @@ def run(argv: list[str], benchmark: Benchmark) -> int:
         print(f"not measured: {why}")
     print("\nnumerics against fp32", flush=True)
     numerics = compare(checked, args.implementations)
+    numerics += [scan_far.compare(benchmark.far, name) for name in args.implementations if name != "reference"]
     for row in numerics:
         worst = max(row["errors"], key=row["errors"].get, default=None)
         said = row["reason"] or f"at most {row['errors'][worst]:.1e} ({worst})"
-        print(f"{row['implementation']:<14}{row['case']:<36}{row['status']:<9}{said}")
+        print(f"{row['implementation']:<14}{row['case']:<48}{row['status']:<9}{said}")
     wrong = any(row["status"] in ("wrong", "failed") for row in numerics)
 
     print("\nspeed", flush=True)

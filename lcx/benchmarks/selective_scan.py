@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from lcx.benchmarks import scan_peers, scan_targets, scans
+from lcx.benchmarks import scan_far, scan_peers, scan_targets, scans
 from lcx.benchmarks.scan_cases import Scan
 
 E, N = 2048, 16
 CPU_E = 128
+FAR = Scan(1, scan_far.TOKENS, E, N)
 # Milliseconds of a million tokens forward; times associative_scan at 32,768 tokens; backward over forward.
 MILLISECONDS, OVER_ASSOCIATIVE, BACKWARD = 12.0, 20.0, 3.0
 
@@ -38,4 +39,4 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def run(argv: list[str]) -> int:
     """See `scans.run`."""
     peers = {"associative_scan": scan_peers.associative}
-    return scans.run(argv, scans.Benchmark("selective_scan", checked, timed, peers, judge))
+    return scans.run(argv, scans.Benchmark("selective_scan", checked, FAR, timed, peers, judge))

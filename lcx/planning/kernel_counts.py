@@ -7,7 +7,7 @@ Counted is everything that an operation does inside, in bf16 with packed documen
 - selective_scan: of a token and 1,024 channels, N=16.
 - ssd: of a token and head of 64, N=128.
 - attention: of a pair of tiles of 512 tokens and head of 128. On TPUs only: of a Hopper kernel's loop the parts that mask, and
-  are jumped over, cannot be told from the others, and what it waits for are matrix instructions of up to 128 clocks each.
+  are jumped over, cannot be told from the others, and what it waits for are its matrix instructions, which are few and long.
 
 A loop's instructions count as often as the loop runs; where it is known here what loops a kernel has, and it has others, that is
 an error.
