@@ -6,6 +6,8 @@ A token of a block of channels takes the interpreter 20 ms in the forward kernel
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,24 @@ def test_it_equals_the_reference_with_other_numbers_of_states(tokens, states):
     expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
     with interpret.interpreted():
         compare(runner(selective_scan, implementation="triton")(arrays, segments, cotangents), expected)
+
+
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 18), st.sampled_from([1, 6, 33]), st.integers(1, 5)),
+    programs=st.sampled_from([2, 1024]),
+    without=st.sets(st.sampled_from(OPTIONAL)),
+    packed=st.sampled_from([True, False]),
+    seed=st.integers(0, 99),
+)
+def test_it_equals_the_reference_at_any_shape(shape, programs, without, packed, seed):
+    """Backward up to three segments, or few of several chunks, and dB and dC of two blocks of channels in one program."""
+    arrays, segments, cotangents = problem(*shape, seed=seed, without=without)
+    segments = segments if packed else None
+    with pytest.MonkeyPatch.context() as patch, interpret.interpreted():
+        patch.setattr(selective_scan_triton_cut, "BACKWARD_PROGRAMS", programs)
+        actual = runner(selective_scan, implementation="triton")(arrays, segments, cotangents)
+    compare(actual, runner(selective_scan, implementation="reference")(arrays, segments, cotangents))
 
 
 def test_the_summaries_of_a_stretch():
