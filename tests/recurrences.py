@@ -61,6 +61,20 @@ def breaks(run, arrays, segments, cotangents, expected):
             compare(run(*arguments), expected)
 
 
+def ignores_padding(run, arrays, segments, cotangents, by_token):
+    """What is no token has no part in any sum, even where it is not a number; and what it gets is 0."""
+    padding = segments == 0
+    fill = lambda x: np.where(padding.reshape(padding.shape + (1,) * (x.ndim - 2)), np.nan, x).astype(x.dtype)
+    filled = {name: fill(x) if name in by_token else x for name, x in arrays.items()}
+    with interpret.interpreted():
+        expected, actual = run(arrays, segments, cotangents), run(filled, segments, cotangents)
+    for name, x in actual.items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
+        if name == "y" or name[1:] in by_token:
+            assert not np.asarray(x)[padding].any(), name
+            assert np.asarray(x)[~padding].any(), name
+
+
 def part_of(x, part, dim=1):
     return x if x is None else x[(slice(None),) * dim + (part,)]
 

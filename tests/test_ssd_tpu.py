@@ -17,7 +17,7 @@ from lcx.planning.kernel_counts import compile_into, tpu_ssd
 from lcx.planning.kernels import TPUS, compile_ssd
 from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_tpu, ssd_tpu_chunk, ssd_tpu_cut
-from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
+from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, ignores_padding, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
 from tests.tolerance import assert_close, rms_ratio
 
@@ -143,19 +143,7 @@ def test_over_devices_it_equals_the_whole(short_chunks, mesh_of):
 
 
 def test_padding_may_hold_anything(short_chunks):
-    """What is no token has no part in any sum, even where it is not a number; and what it gets is 0."""
-    arrays, segments, cotangents = problem(1, 75, 2, 64, 1, 64)
-    padding = segments == 0
-    fill = lambda x: np.where(padding.reshape(padding.shape + (1,) * (x.ndim - 2)), np.nan, x).astype(x.dtype)
-    run = runner(ssd, implementation="mosaic_tpu")
-    with interpret.interpreted():
-        expected = run(arrays, segments, cotangents)
-        actual = run({name: fill(x) if name in BY_TOKEN else x for name, x in arrays.items()}, segments, cotangents)
-    for name, x in actual.items():
-        np.testing.assert_array_equal(x, expected[name], err_msg=name)
-        if name == "y" or name[1:] in BY_TOKEN:
-            assert not np.asarray(x)[padding].any(), name
-            assert np.asarray(x)[~padding].any(), name
+    ignores_padding(runner(ssd, implementation="mosaic_tpu"), *problem(1, 75, 2, 64, 1, 64), BY_TOKEN)
 
 
 # How a call is divided.

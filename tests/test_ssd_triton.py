@@ -13,7 +13,7 @@ from lcx.ops.ssd import Inputs, SsdSpec, ssd
 from lcx.parallel import recurrences
 from lcx.registry import UserError
 from pallas_kernels import interpret, ssd_triton, ssd_triton_cut
-from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, runner
+from tests.recurrences import breaks, compare, compare_over_devices, compare_summaries, ignores_padding, runner
 from tests.test_ssd import BY_TOKEN, OPTIONAL, problem
 from tests.tolerance import rms_ratio
 
@@ -150,19 +150,7 @@ def test_over_devices_it_equals_the_whole(short, mesh_of, monkeypatch):
 
 
 def test_padding_may_hold_anything(short):
-    """What is no token has no part in any sum, even where it is not a number; and what it gets is 0."""
-    arrays, segments, cotangents = problem(1, 43, 1, 16, 1, 16)
-    padding = segments == 0
-    fill = lambda x: np.where(padding.reshape(padding.shape + (1,) * (x.ndim - 2)), np.nan, x).astype(x.dtype)
-    run = runner(ssd, implementation="triton")
-    with interpret.interpreted():
-        expected = run(arrays, segments, cotangents)
-        actual = run({name: fill(x) if name in BY_TOKEN else x for name, x in arrays.items()}, segments, cotangents)
-    for name, x in actual.items():
-        np.testing.assert_array_equal(x, expected[name], err_msg=name)
-        if name == "y" or name[1:] in BY_TOKEN:
-            assert not np.asarray(x)[padding].any(), name
-            assert np.asarray(x)[~padding].any(), name
+    ignores_padding(runner(ssd, implementation="triton"), *problem(1, 43, 1, 16, 1, 16), BY_TOKEN)
 
 
 # How a call is divided.
