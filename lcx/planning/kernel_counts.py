@@ -69,13 +69,14 @@ def compile_into(folder: str | os.PathLike, op: str, target: str, runs: int = 1)
 
 def counted(op: str, target: str) -> dict[str, Any]:
     """By kernel, what one unit of `COUNTED` takes; of attention a pair: nothing hidden, masked."""
+    counts = GPU_COUNTS if target == kernels.GPU else TPU_COUNTS
+    if op not in counts:
+        raise ValueError(f"{op} is not counted for {target}; there are {', '.join(counts)}")
     if target == kernels.GPU:
-        return dict(selective_scan=gpu_scan, ssd=gpu_ssd)[op](sass.of_program("lcx.planning.kernel_counts", op, target, "1")[0])
+        return counts[op](sass.of_program("lcx.planning.kernel_counts", op, target, "1")[0])
     with tempfile.TemporaryDirectory() as folder:
         compile_into(folder, op, target)
-        if op == "attention":
-            return {way: [block.bundles for block in tpu_attention(folder, way)] for way in ("forward", "backward")}
-        return dict(selective_scan=tpu_scan, ssd=tpu_ssd)[op](folder)
+        return counts[op](folder)
 
 
 # Bundles, from a folder.
@@ -110,9 +111,10 @@ def tpu_ssd(folder: str | os.PathLike) -> dict[str, float]:
     return dict(forward=of("lcx_ssd", 0), backward=of("lcx_ssd_backward", 1))
 
 
-def tpu_attention(folder: str | os.PathLike, way: str) -> list[bundles.Block]:
+def tpu_attention(folder: str | os.PathLike) -> dict[str, list[bundles.Block]]:
     """Of the loop over tiles: of a pair of tiles with nothing hidden, and of one that is masked."""
-    return bundles.longest([block for block in bundles.blocks(folder, f"lcx_attention_{way}") if block.loops == 2], 2)
+    inside = lambda way: [block for block in bundles.blocks(folder, f"lcx_attention_{way}") if block.loops == 2]
+    return {way: bundles.longest(inside(way), 2) for way in ("forward", "backward")}
 
 
 # Instructions of warps, from code by kernel.
@@ -144,6 +146,14 @@ def _repeated(code: sass.Code) -> int:
     counts = [loop.instructions.total() for outermost in code.loops for loop in outermost.innermost()]
     # Those that are there only as what waits for a state in front of a segment are short.
     return max([count for count in counts if count > 200], default=code.instructions.total())
+
+
+TPU_COUNTS = dict(
+    selective_scan=tpu_scan,
+    ssd=tpu_ssd,
+    attention=lambda folder: {way: [block.bundles for block in found] for way, found in tpu_attention(folder).items()},
+)
+GPU_COUNTS = dict(selective_scan=gpu_scan, ssd=gpu_ssd)
 
 
 if __name__ == "__main__":

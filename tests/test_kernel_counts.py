@@ -1,0 +1,81 @@
+"""How instructions of kernels are counted, from listings: loops in loops, and what is not known is an error."""
+
+import collections
+
+import pytest
+
+from lcx.planning import kernel_counts, sass
+from lcx.planning.bundles import Block
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   MUFU.EX2 R2, R1 ;
+.L_x_2:
+        /*0020*/              @!P0 FADD R3, R2, R1 ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/                   FMUL R3, R3, R1 ;
+        /*0050*/              @!P2 BRA `(.L_x_2) ;
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   WARPSYNC.COLLECTIVE R4, `(.L_x_4) ;
+.L_x_4:
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_loops_stand_in_loops():
+    """Two branches back to one label are one loop; what brings threads together behind the program is none."""
+    (outer,) = sass.loops(LISTING)
+    assert outer.instructions == dict({"MUFU.EX2": 1}, FADD=1, BRA=3, FMUL=1)
+    (inner,) = outer.inside
+    assert inner.instructions.total() == 4 and inner.inside == [] and outer.innermost() == inner.innermost() == [inner]
+    assert outer.executed(1) == 6 and outer.executed(10) == 2 + 40
+
+
+def loop(instructions: int, *inside: sass.Loop) -> sass.Loop:
+    return sass.Loop(0, 0, collections.Counter(FFMA=instructions), list(inside))
+
+
+def code(*loops: sass.Loop) -> sass.Code:
+    return sass.Code(255, 0, collections.Counter(FFMA=900), list(loops))
+
+
+def test_a_token_of_the_selective_scan_on_a_gpu():
+    """8 tokens a turn; 8 parts of 16 tokens in a chunk of 128, each of 4 groups, gone through twice."""
+    parts = loop(100, loop(60)), loop(500, loop(400))
+    kernels = dict(
+        forward=[code(loop(10), loop(800))], stretch=[code(loop(400)), code(loop(480))], backward=[code(loop(700, *parts))]
+    )
+    found = kernel_counts.gpu_scan(kernels)
+    assert found["forward"] == 800 / 8 * 16 and found["stretch"] == 480 / 8 * 16
+    assert found["backward"] == (100 + 8 * (40 + 4 * 60) + 8 * (100 + 4 * 400)) / 128 * 32
+    with pytest.raises(ValueError, match="other loops"):
+        kernel_counts.gpu_scan(kernels | dict(backward=[code(loop(700, parts[0]))]))
+    with pytest.raises(ValueError, match="other loops"):
+        kernel_counts.gpu_scan(kernels | dict(forward=[code(loop(800, loop(60)))]))
+
+
+def test_a_token_and_head_of_ssd_on_a_gpu():
+    """By 4 warps of 64 tokens; the longest of both directions; all of a kernel without loops, short ones aside."""
+    one = dict(forward=loop(900, loop(640)), stretch=loop(320), states=loop(480), gradients=loop(960), maps=loop(560))
+    kernels = {name: [code(x)] for name, x in one.items()} | dict(pairs=[code(loop(30))])
+    kernels["stretch"].append(code(loop(400)))
+    found = kernel_counts.gpu_ssd(kernels)
+    assert (found["forward"], found["stretch"], found["parts"]["pairs"]) == (40, 25, 900 / 16)
+    assert found["backward"] == sum(found["parts"].values()) == (480 + 960 + 560 + 900) / 16
+
+
+def test_other_loops_on_a_tpu_are_noticed(monkeypatch):
+    blocks = [Block(2, 128, {}, {})] * 4
+    monkeypatch.setattr(kernel_counts.bundles, "blocks", lambda folder, kernel: blocks)
+    with pytest.raises(ValueError, match="lcx_selective_scan_backward has loops of .* bundles, where 6 are known"):
+        kernel_counts.tpu_scan("")
+    with pytest.raises(ValueError, match="lcx_ssd has loops of .* bundles, where 1 are known"):
+        kernel_counts.tpu_ssd("")
+
+
+def test_attention_is_not_counted_on_a_gpu():
+    with pytest.raises(ValueError, match="attention is not counted for h100"):
+        kernel_counts.counted("attention", "h100")
