@@ -76,6 +76,13 @@ def test_other_loops_on_a_tpu_are_noticed(monkeypatch):
         kernel_counts.tpu_ssd("")
 
 
-def test_attention_is_not_counted_on_a_gpu():
-    with pytest.raises(ValueError, match="attention is not counted for h100"):
-        kernel_counts.counted("attention", "h100")
+def test_a_pair_of_tiles_of_attention_on_a_gpu():
+    """Forward 64 queries by 128 keys a turn, backward 64 by 64; the loop of the warps that copy is none of products."""
+    turn = lambda total, exponentials: sass.Loop(0, 0, collections.Counter({"HGMMA": 8, "MUFU.EX2": exponentials, "FFMA": total}))
+    kernels = dict(forward=turn(326, 66), dq=turn(160, 32), dk_dv=turn(260, 32))
+    kernels = {f"lcx_attention_{name}": [code(loop(50), x)] for name, x in kernels.items()}
+    found = kernel_counts.gpu_attention(kernels)
+    assert found == dict(forward=[4 * 400 * 32], backward=[4 * (200 + 300) * 64])
+    for wrong in (loop(400), turn(326, 65)):
+        with pytest.raises(ValueError, match="not a loop over tiles"):
+            kernel_counts.gpu_attention(kernels | dict(lcx_attention_forward=[code(wrong)]))

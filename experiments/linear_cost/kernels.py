@@ -18,10 +18,10 @@ LENGTHS = [2**n for n in range(9, 21)]
 WIDTH = 2048  # 2 tiles of channels; 32 heads of 64; 16 heads of 128
 TILE = 512  # tokens of a tile of attention
 WAYS = ("forward", "backward")
-# By target: what has to be installed, what is counted, the operations that are.
+# By target: what has to be installed, what is counted.
 TARGETS = {
-    "v5p": (("libtpu",), "instruction bundles", ("attention", "selective_scan", "ssd")),
-    "h100": (("jax-cuda13-plugin", "nvidia-cuda-nvcc", "triton"), "instructions of warps", ("selective_scan", "ssd")),
+    "v5p": (("libtpu",), "instruction bundles"),
+    "h100": (("jax-cuda13-plugin", "nvidia-cuda-nvcc", "triton"), "instructions of warps"),
 }
 LABELS = dict(attention=("attention", "C0"), selective_scan=("Mamba", "C1"), ssd=("Mamba-2", "C2"))
 HERE = pathlib.Path(__file__).parent
@@ -32,7 +32,7 @@ def by_length(counts: dict[str, dict]) -> Costs:
     """What a token of the whole width takes."""
 
     def attention(length: int, pair: list[int]) -> float:
-        whole, masked = pair
+        whole, masked = pair[0], pair[-1]  # taken for the same where only one is known
         return WIDTH // 128 * ((length / TILE - 1) / 2 * whole + masked) / TILE
 
     units, found = dict(selective_scan=WIDTH // 1024, ssd=WIDTH // 64), {}
@@ -46,13 +46,12 @@ def by_length(counts: dict[str, dict]) -> Costs:
 
 def measured(target: str) -> dict:
     """Conditions, counts by kernel, and what they make of a token by length."""
-    packages, what, ops = TARGETS[target]
+    packages, what = TARGETS[target]
     versions = {name: importlib.metadata.version(name) for name in ("jax", *packages)}
     conditions = versions | dict(counted=f"{what}, compiled, not run", width=WIDTH, lengths=LENGTHS)
     conditions |= dict(date=datetime.date.today().isoformat())
-    counts = {op: kernel_counts.counted(op, target) for op in ops}
-    units = {op: kernel_counts.COUNTED[op] for op in ops}
-    return dict(conditions=conditions, units=units, counts=counts, per_token=by_length(counts))
+    counts = {op: kernel_counts.counted(op, target) for op in LABELS}
+    return dict(conditions=conditions, units=kernel_counts.COUNTED, counts=counts, per_token=by_length(counts))
 
 
 def missing(target: str) -> str | None:

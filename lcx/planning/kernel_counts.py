@@ -6,8 +6,8 @@ Counted is everything that an operation does inside, in bf16 with packed documen
 
 - selective_scan: of a token and 1,024 channels, N=16.
 - ssd: of a token and head of 64, N=128.
-- attention: of a pair of tiles of 512 tokens and head of 128. On TPUs only: of a Hopper kernel's loop the parts that mask, and
-  are jumped over, cannot be told from the others, and what it waits for are its matrix instructions, which are few and long.
+- attention: of a pair of tiles of 512 tokens and head of 128. On a GPU only where nothing is hidden: in a loop that may mask,
+  the parts that are jumped over cannot be told from the others. What the copying warps do is left out.
 
 A loop's instructions count as often as the loop runs; where it is known here what loops a kernel has, and it has others, that is
 an error.
@@ -51,7 +51,7 @@ def compile_here(op: str, target: str, runs: int = 1) -> None:
     elif op == "ssd":
         kernels.compile_ssd(target, *((2**20, 32) if target == kernels.GPU else (2048, 8 * cores)), 64, 1, 128)
     else:
-        kernels.compile_attention(target, 2**17, 2, 1, 128, runs)
+        kernels.compile_attention(target, 2**17, 2, 1, 128, runs, plain=target == kernels.GPU)
 
 
 def compile_into(folder: str | os.PathLike, op: str, target: str, runs: int = 1) -> None:
@@ -68,10 +68,8 @@ def compile_into(folder: str | os.PathLike, op: str, target: str, runs: int = 1)
 
 
 def counted(op: str, target: str) -> dict[str, Any]:
-    """By kernel, what one unit of `COUNTED` takes; of attention a pair: nothing hidden, masked."""
+    """By kernel, what one unit of `COUNTED` takes; of attention a list: nothing hidden; masked, where that is known."""
     counts = GPU_COUNTS if target == kernels.GPU else TPU_COUNTS
-    if op not in counts:
-        raise ValueError(f"{op} is not counted for {target}; there are {', '.join(counts)}")
     if target == kernels.GPU:
         return counts[op](sass.of_program("lcx.planning.kernel_counts", op, target, "1")[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +139,21 @@ def gpu_ssd(found: dict[str, list[sass.Code]]) -> dict[str, Any]:
     return dict(forward=forward, backward=sum(of.values()), stretch=stretch, parts=of)
 
 
+def gpu_attention(found: dict[str, list[sass.Code]]) -> dict[str, list[float]]:
+    """Of the loop over tiles of a computing warpgroup. The pairs of tokens that a turn takes are known from its exponentials: one
+    each, and forward those of the two rows of a thread that what was summed before decays by."""
+
+    def of(kernel: str, others: int = 0) -> float:
+        (code,) = found[f"lcx_attention_{kernel}"]
+        computing = [loop for loop in code.loops if loop.instructions["HGMMA"]]
+        pairs = 128 * (computing[0].instructions["MUFU.EX2"] - others) if computing else 0
+        if len(computing) != 1 or not pairs or pairs % 64**2:
+            raise ValueError(f"{kernel}: not a loop over tiles: {len(computing)} loops of products, of {pairs} pairs")
+        return 4 * computing[0].instructions.total() * 512**2 / pairs
+
+    return dict(forward=[of("forward", 2)], backward=[of("dq") + of("dk_dv")])
+
+
 def _repeated(code: sass.Code) -> int:
     """Instructions of the longest loop without loops in it, or of all the code."""
     counts = [loop.instructions.total() for outermost in code.loops for loop in outermost.innermost()]
@@ -153,7 +166,7 @@ TPU_COUNTS = dict(
     ssd=tpu_ssd,
     attention=lambda folder: {way: [block.bundles for block in found] for way, found in tpu_attention(folder).items()},
 )
-GPU_COUNTS = dict(selective_scan=gpu_scan, ssd=gpu_ssd)
+GPU_COUNTS = dict(selective_scan=gpu_scan, ssd=gpu_ssd, attention=gpu_attention)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The kernels of one operation alone, compiled for a device that is not here: both passes of packed rows, as a mixer calls them.
 
-Which kernels: Mosaic's for a TPU, Triton's for a GPU. They are what the dispatcher loads by that name, so a refusal is an error.
+Which kernels: Mosaic's for a TPU; for a GPU Triton's, and Mosaic's for attention. The dispatcher loads them by name, so a
+refusal is an error.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ class Target:
 
     def __init__(self, name: str):
         self.device = h100s(1)[0] if name == GPU else topology_mesh(TPUS[name], data=-1).devices.reshape(-1)[0]
-        self.implementation = "triton" if name == GPU else "mosaic_tpu"
+        self.gpu = name == GPU
 
     def array(self, *dims: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=SingleDeviceSharding(self.device))
@@ -102,7 +103,7 @@ def compile_ssd(
 
 def _recurrence(op: str, here: Target, spec: Any, inputs: Any, passes: bool, summaries: bool) -> Callable:
     with here.tracing():
-        backend = recurrence_backend(op, here.implementation, spec, inputs)
+        backend = recurrence_backend(op, "triton" if here.gpu else "mosaic_tpu", spec, inputs)
 
     def run(inputs, segments, state, dy):
         inputs, found = inputs._replace(marks=marks(segments)), ()
@@ -117,13 +118,15 @@ def _recurrence(op: str, here: Target, spec: Any, inputs: Any, passes: bool, sum
     return run
 
 
-def compile_attention(target: str, S: int, H: int, G: int, K: int, runs: int = 1) -> jax.stages.Compiled:
-    """One causal row of documents in bf16: H heads of width K, G of keys and values; tokens in so many runs of their order."""
-    here, spec = Target(target), AttentionSpec(Mask(), K**-0.5)
+def compile_attention(target: str, S: int, H: int, G: int, K: int, runs: int = 1, *, plain: bool = False) -> jax.stages.Compiled:
+    """One causal row of documents in bf16: H heads of width K, G of keys and values; tokens in so many runs of their order.
+    With `plain` one document of which nothing is hidden."""
+    here, spec = Target(target), AttentionSpec(Mask(causal=not plain), K**-0.5)
     q, k = (here.array(1, S, heads, K, dtype="bfloat16") for heads in (H, G))
-    rows, ids, start = here.array(1, H, S), here.array(1, S, dtype="int32"), here.array(runs, dtype="int32")
+    rows, start = here.array(1, H, S), here.array(runs, dtype="int32")
+    ids = None if plain else here.array(1, S, dtype="int32")
     with here.tracing():
-        backend = attention_backend(here.implementation, spec, q, k, k)
+        backend = attention_backend("mosaic_gpu" if here.gpu else "mosaic_tpu", spec, q, k, k)
 
     def passes(q, k, v, do, lse, delta, ids, start):
         order = Runs(start, S // runs)

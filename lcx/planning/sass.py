@@ -1,4 +1,4 @@
-"""Triton kernels as machine code: registers, spills, and the instructions of nested loops. Needs only the CUDA packages."""
+"""Kernels for GPUs as machine code: registers, spills, and the instructions of nested loops. Needs only the CUDA packages."""
 
 import collections
 import dataclasses
@@ -49,9 +49,10 @@ class Code:
 
 
 def of_program(module: str, *arguments: str, timeout: float = 900) -> tuple[dict[str, list[Code]], str]:
-    """What becomes of the Triton kernels that a program compiles, by the names of their functions; and what it prints.
+    """What becomes of the kernels that a program compiles: of Triton by the names of their functions, without `_kernel`, of
+    Pallas by their own; and what it prints.
 
-    In a process of its own, because where Triton writes, and whether it compiles at all, is decided when it is imported.
+    In a process of its own, because where kernels are written, and whether Triton compiles at all, is decided on import.
 
     Args:
       module: run as `python -m module arguments`.
@@ -60,14 +61,15 @@ def of_program(module: str, *arguments: str, timeout: float = 900) -> tuple[dict
       RuntimeError: it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | dict(JAX_PLATFORMS="cpu", JAX_TRITON_DUMP_DIR=folder, TRITON_INTERPRET="0", XLA_FLAGS="")
+        environment = os.environ | dict(JAX_PLATFORMS="cpu", TRITON_INTERPRET="0", XLA_FLAGS="")
+        environment |= dict(JAX_TRITON_DUMP_DIR=folder, MOSAIC_GPU_DUMP_TO=folder)
         command = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         found: dict[str, list[Code]] = {}
-        for ptx in sorted(pathlib.Path(folder).rglob("*_kernel.ptx")):
-            found.setdefault(ptx.stem.removesuffix("_kernel"), []).append(assembled(ptx))
+        for ptx in sorted(pathlib.Path(folder).rglob("*.ptx")):
+            found.setdefault(re.sub(r"_(kernel|\d+)$", "", ptx.stem), []).append(assembled(ptx))
         return found, done.stdout
 
 
