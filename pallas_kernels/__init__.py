@@ -17,6 +17,10 @@ KERNELS = {
         "reference": "lcx.ops.linear_cross_entropy_reference",
         "chunked": "lcx.ops.linear_cross_entropy_chunked",
     },
+    "causal_conv": {
+        "reference": "lcx.ops.causal_conv_reference",
+        "chunked": "lcx.ops.causal_conv_chunked",
+    },
     "selective_scan": {
         "reference": "lcx.ops.selective_scan_reference",
         "chunked": "lcx.ops.selective_scan_chunked",

@@ -176,6 +176,10 @@ def test_an_infinity_is_written_as_the_command_line_takes_it(config_file):
             ["--config.mixers.ring.implementation=chunkd"],
             ["implementation='chunkd'", "did you mean 'chunked'", "auto, reference"],
         ),
+        (
+            ["--config.pattern=mamba", "--config.mixers.mamba.conv_implementation=chunkd"],
+            ["conv_implementation='chunkd'", "did you mean 'chunked'", "auto, reference"],
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_names_field_value_and_choices(config_file, mistake, arguments, parts):

@@ -51,7 +51,7 @@ def require_layout(caps: Caps, layout: str, shards: int) -> None:
         raise registry.UserError(f"tokens stand in layout {layout!r} and this mixer takes {', '.join(caps.layouts)}")
 
 
-def implementation_problems(op: str, name: str) -> list[str]:
-    """Whether an operation has no implementation of that name."""
+def implementation_problems(op: str, name: str, field: str = "implementation") -> list[str]:
+    """Whether an operation has no implementation of the name that a field gives."""
     valid = ("auto", *KERNELS[op])
-    return [] if name in valid else [str(registry.unknown("implementation", name, valid))]
+    return [] if name in valid else [str(registry.unknown(field, name, valid))]

@@ -31,6 +31,7 @@ class Mamba(Recurrent):
           dt_rank: rank of the map to the step sizes; None for a sixteenth of the model width.
           dt_min, dt_max: between which the step sizes start.
           implementation: of the scan: auto, reference, chunked, ...
+          conv_implementation: of the convolution, likewise.
         """
 
         expand: int = 2
@@ -40,6 +41,7 @@ class Mamba(Recurrent):
         dt_min: float = 1e-3
         dt_max: float = 0.1
         implementation: str = "auto"
+        conv_implementation: str = "auto"
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class Mamba(Recurrent):
             mesh=ctx.mesh,
             segments_BS=ctx.segments_BS,
             activation="silu",
+            implementation=self.config.conv_implementation,
         )
         weights = {"dt_ER": self.dt_ER, "dt_RE": self.dt_RE, "B_EN": self.B_EN, "C_EN": self.C_EN}
         dt_BSE, B_BSN, C_BSN = run(self._maps, weights, u_BSE)

@@ -38,6 +38,7 @@ class Mamba2(Recurrent):
           norm_eps: of the gated norm.
           chunk: tokens in a chunk of the scan; None leaves it to the implementation.
           implementation: of the scan: auto, reference, chunked, ...
+          conv_implementation: of the convolution, likewise.
         """
 
         expand: int = 2
@@ -51,6 +52,7 @@ class Mamba2(Recurrent):
         norm_eps: float = 1e-5
         chunk: int | None = None
         implementation: str = "auto"
+        conv_implementation: str = "auto"
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -139,8 +141,7 @@ class Mamba2(Recurrent):
     def _inputs(w: dict[str, jax.Array], x_BSD: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.tensordot(x_BSD, w[name].astype(x_BSD.dtype), 1) for name in INPUTS)
 
-    @staticmethod
-    def _convolve(x: jax.Array, w: nnx.Param, bias: nnx.Param, ctx: SequenceContext) -> jax.Array:
+    def _convolve(self, x: jax.Array, w: nnx.Param, bias: nnx.Param, ctx: SequenceContext) -> jax.Array:
         """Over B S and any channels."""
         B, S, *channels = x.shape
         E = math.prod(channels)
@@ -151,6 +152,7 @@ class Mamba2(Recurrent):
             mesh=ctx.mesh,
             segments_BS=ctx.segments_BS,
             activation="silu",
+            implementation=self.config.conv_implementation,
         )
         return y_BSE.reshape(x.shape)
 

@@ -22,7 +22,7 @@ class Recurrent(nnx.Module):
 
 
 def recurrence_problems(config: Any, op: str, length: int, mesh: dict[str, int]) -> list[str]:
-    """What is wrong with a recurrent mixer's sizes, step sizes or the name of its implementation."""
+    """What is wrong with a recurrent mixer's sizes, step sizes or the names of its implementations."""
     sizes = {name: getattr(config, name) for name in ("expand", "state", "conv")}
     problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
     if not 0 < config.dt_min <= config.dt_max:
@@ -30,7 +30,8 @@ def recurrence_problems(config: Any, op: str, length: int, mesh: dict[str, int])
     if (shard := length // mesh["seq"]) < config.conv - 1:
         cure = "lower mesh.seq" if mesh["seq"] > 1 else "lower it"
         problems.append(f"conv={config.conv} reaches back {config.conv - 1} tokens and a shard has {shard}; {cure}")
-    return problems + implementation_problems(op, config.implementation)
+    problems += implementation_problems(op, config.implementation)
+    return problems + implementation_problems("causal_conv", config.conv_implementation, "conv_implementation")
 
 
 def channel_problems(E: int, mesh: dict[str, int]) -> list[str]:

@@ -1,15 +1,44 @@
-"""The short depthwise causal convolution in front of a recurrence, on one device."""
+"""The short depthwise causal convolution in front of a recurrence, on one device: one meaning, one custom VJP, any backend.
 
+Backends. A backend is a module (`pallas_kernels.KERNELS["causal_conv"]`) of
+
+    refuse(spec, shapes, dtypes, device_kind) -> why it cannot run, or None.
+    forward(inputs, *, spec) -> y_BSE in x's dtype. Besides the inputs nothing is kept for the backward pass.
+    backward(inputs, dy_BSE, *, spec) -> gradients (`Inputs`, in the dtypes of the inputs, segments None; initial_BWE or None).
+
+What concerns only the ends of a row is here, for every backend: the rows that are handed on, and the gradient of those in front.
+"""
+
+import dataclasses
 import functools
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx.ops import causal_conv_chunked, dispatch
 from lcx.registry import UserError, unknown
 
 ACTIVATIONS = ("silu",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """What a backend needs to know statically. See `causal_conv` for the fields."""
+
+    activation: str | None = None
+
+
+class Inputs(NamedTuple):
+    """The arrays of a convolution, zeros where the user gives none; or their gradients. initial_BWE is in x's dtype."""
+
+    x_BSE: jax.Array
+    w_EW: jax.Array
+    bias_E: jax.Array
+    initial_BWE: jax.Array
+    segments_BS: jax.Array | None = None
 
 
 def causal_conv(
@@ -20,6 +49,7 @@ def causal_conv(
     segments_BS: jax.Array | None = None,
     initial_BWE: jax.Array | None = None,
     activation: str | None = None,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """y_t = activation(bias + sum_i w[:, i] x_{t - W + 1 + i}), i < W; fp32 inside. Gu and Dao, "Mamba" (2023), section 3.4.
 
@@ -34,98 +64,61 @@ def causal_conv(
       initial_BWE: the W - 1 inputs in front of token 0 (one less than the letter says), oldest first; None is zeros. They belong
         to the document of token 0 and reach no other: whoever passes rows of another document zeroes them. Differentiable.
       activation: None or "silu".
+      implementation: a name from `pallas_kernels.KERNELS["causal_conv"]`, or "auto".
 
     Returns:
       y_BSE in x's dtype; final_BWE in x's dtype, differentiable: the `initial_BWE` of what comes next. Rows that are not of the
       last token's document are 0, so that a continuation need only compare that document with its own.
 
     Raises:
-      UserError: arguments that do not fit together.
+      UserError: arguments that do not fit together, or an implementation that cannot run.
     """
     check(x_BSE, w_EW, bias_E, segments_BS, initial_BWE, activation)
-    (B, S, E), W = x_BSE.shape, w_EW.shape[1]
-    if initial_BWE is None:
-        initial_BWE = jnp.zeros((B, W - 1, E), x_BSE.dtype)
-    x_BTE = jnp.concatenate([initial_BWE.astype(x_BSE.dtype), x_BSE], axis=1)
-    segments_BT = None
-    if segments_BS is not None:
-        segments_BT = jnp.concatenate([jnp.broadcast_to(segments_BS[:, :1], (B, W - 1)), segments_BS], axis=1)
+    (B, _, E), W = x_BSE.shape, w_EW.shape[1]
+    initial_BWE = jnp.zeros((B, W - 1, E), x_BSE.dtype) if initial_BWE is None else initial_BWE.astype(x_BSE.dtype)
     bias_E = jnp.zeros(E, jnp.float32) if bias_E is None else bias_E
-    y_BSE = _convolve(activation, x_BTE, w_EW, bias_E, segments_BT)
-    final_BWE = x_BTE[:, S:]
-    if segments_BT is not None:
-        same = (segments_BT[:, S:] == segments_BT[:, -1:]) & (segments_BT[:, S:] != 0)
-        final_BWE = jnp.where(same[..., None], final_BWE, 0)
-    return y_BSE, final_BWE
+    inputs, spec = Inputs(x_BSE, w_EW, bias_E, initial_BWE, segments_BS), ConvSpec(activation)
+    given = {name: x for name, x in inputs._asdict().items() if x is not None}
+    shapes, dtypes = ({name: getattr(x, what) for name, x in given.items()} for what in ("shape", "dtype"))
+    backend = dispatch.choose("causal_conv", implementation, spec=spec, shapes=shapes, dtypes=dtypes)
+    return _convolve(backend, spec, inputs), _last_rows(inputs)
 
 
-def _taps(x_BTE, segments_BT, W):
-    """What each column of the weights multiplies: W arrays B S E, fp32."""
-    S = x_BTE.shape[1] - W + 1
-    for i in range(W):
-        x = x_BTE[:, i : i + S].astype(jnp.float32)
-        yield x if segments_BT is None else jnp.where(_sees(segments_BT, i, W), x, 0)
+def _last_rows(inputs: Inputs) -> jax.Array:
+    """The last W - 1 inputs, 0 where they are not of the last token's document."""
+    rows, S = inputs.initial_BWE.shape[1], inputs.x_BSE.shape[1]
+    last = lambda initial, x: jnp.concatenate([initial, x[:, max(0, S - rows) :]], axis=1)[:, min(rows, S) :]
+    final_BWE, segments_BS = last(inputs.initial_BWE, inputs.x_BSE), inputs.segments_BS
+    if segments_BS is None:
+        return final_BWE
+    owner_BW = last(jnp.broadcast_to(segments_BS[:, :1], final_BWE.shape[:2]), segments_BS)
+    same_BW = (owner_BW == segments_BS[:, -1:]) & (owner_BW != 0)
+    return jnp.where(same_BW[..., None], final_BWE, 0)
 
 
-def _sees(segments_BT, i, W):
-    """Whether each token and its tap i are of one document; B S 1."""
-    own = segments_BT[:, W - 1 :]
-    return ((segments_BT[:, i : i + own.shape[1]] == own) & (own != 0))[..., None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(backend: ModuleType, spec: ConvSpec, inputs: Inputs) -> jax.Array:
+    return backend.forward(inputs, spec=spec)
 
 
-def _before_activation(x_BTE, w_EW, bias_E, segments_BT):
-    w, b = w_EW.astype(jnp.float32), bias_E.astype(jnp.float32)
-    return sum((w[:, i][None, None] * x for i, x in enumerate(_taps(x_BTE, segments_BT, w.shape[1]))), b[None, None])
+def _forward(backend, spec, inputs):
+    return _convolve(backend, spec, inputs), inputs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(activation, x_BTE, w_EW, bias_E, segments_BT):
-    y = _before_activation(x_BTE, w_EW, bias_E, segments_BT)
-    y = jax.nn.silu(y) if activation == "silu" else y
-    if segments_BT is not None:
-        y = jnp.where((segments_BT[:, w_EW.shape[1] - 1 :] != 0)[..., None], y, 0)
-    return y.astype(x_BTE.dtype)
+def _backward(backend, spec, inputs, dy_BSE):
+    gradients, segments_BS = backend.backward(inputs, dy_BSE, spec=spec), inputs.segments_BS
+    if gradients.initial_BWE is None:
+        gradients = gradients._replace(initial_BWE=_of_initial(spec, inputs, dy_BSE))
+    no_gradient = None if segments_BS is None else np.zeros(segments_BS.shape, jax.dtypes.float0)
+    return (gradients._replace(segments_BS=no_gradient),)
 
 
-def _forward(activation, *arrays):
-    return _convolve(activation, *arrays), arrays
-
-
-def _backward(activation, arrays, dy_BSE):
-    x_BTE, w_EW, bias_E, segments_BT = arrays
-    S, W, w, dy = dy_BSE.shape[1], w_EW.shape[1], w_EW.astype(jnp.float32), dy_BSE.astype(jnp.float32)
-    if activation == "silu":
-        before = _before_activation(x_BTE, w_EW, bias_E, segments_BT)
-        gate = jax.nn.sigmoid(before)
-        dy = dy * gate * (1 + before * (1 - gate))
-    if segments_BT is not None:
-        dy = jnp.where((segments_BT[:, W - 1 :] != 0)[..., None], dy, 0)
-    # One array between two loops, rounded to dy's dtype as dx is. Left to itself XLA writes the products of every tap in fp32 and
-    # adds them up in a third loop: on TPU 23 times the size of x moves where so it is 6 (pallas_kernels/README.md).
-    kept = jax.lax.optimization_barrier(dy.astype(dy_BSE.dtype))
-    sum_tokens = lambda x_BSE: x_BSE.sum((0, 1))
-    dy = kept.astype(jnp.float32)
-    dw = jnp.stack([sum_tokens(dy * x) for x in _taps(x_BTE, segments_BT, W)], axis=1)
-    zeros = lambda x: jnp.zeros_like(x, shape=(x.shape[0], W - 1, *x.shape[2:]))
-    behind = lambda x: None if x is None else jnp.concatenate([x, zeros(x)], axis=1)
-    later, owners = behind(kept), behind(segments_BT)
-    first = jnp.concatenate([zeros(later), later[:, : W - 1]], axis=1)
-    dinitial = _to_inputs(first, w, owners, W - 1)
-    dx = _to_inputs(later, w, None if owners is None else owners[:, W - 1 :], S)
-    dx = jnp.concatenate([x.astype(x_BTE.dtype) for x in (dinitial, dx)], axis=1)
-    no_gradient = None if segments_BT is None else np.zeros(segments_BT.shape, jax.dtypes.float0)
-    return dx, dw.astype(w_EW.dtype), sum_tokens(dy).astype(bias_E.dtype), no_gradient
-
-
-def _to_inputs(dy_BTE, w, owners_BT, count):
-    """Gradients of `count` inputs, fp32: from the one at its place and the W - 1 behind, of which it is an earlier tap."""
-    total = 0.0
-    for i in range(w.shape[1]):
-        at = slice(w.shape[1] - 1 - i, w.shape[1] - 1 - i + count)
-        part = w[:, i][None, None] * dy_BTE[:, at].astype(jnp.float32)
-        same = None if owners_BT is None else (owners_BT[:, at] == owners_BT[:, :count])[..., None]
-        total += part if same is None else jnp.where(same, part, 0)
-    return total
+def _of_initial(spec: ConvSpec, inputs: Inputs, dy_BSE: jax.Array) -> jax.Array:
+    """The gradient of the rows in front of token 0: they are taps of the first W - 1 tokens alone."""
+    few = lambda x: None if x is None else x[:, : inputs.initial_BWE.shape[1]]
+    first = inputs._replace(x_BSE=few(inputs.x_BSE), segments_BS=few(inputs.segments_BS))
+    run = lambda initial_BWE: causal_conv_chunked.forward(first._replace(initial_BWE=initial_BWE), spec=spec)
+    return jax.vjp(run, inputs.initial_BWE)[1](few(dy_BSE))[0]
 
 
 _convolve.defvjp(_forward, _backward)

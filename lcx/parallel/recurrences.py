@@ -101,6 +101,7 @@ def causal_conv(
     mesh: Mesh,
     segments_BS: jax.Array | None = None,
     activation: str | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """`lcx.ops.causal_conv.causal_conv` of rows that are spread over the mesh: y_BSE, with zeros in front of each row.
 
@@ -118,7 +119,7 @@ def causal_conv(
             if segments_Bs is not None:
                 same_BW = from_left(segments_Bs, halo, shards=shards) == segments_Bs[:, :1]
                 initial_BWE = jnp.where((same_BW & (segments_Bs[:, :1] != 0))[..., None], initial_BWE, 0)
-        given = dict(segments_BS=segments_Bs, initial_BWE=initial_BWE, activation=activation)
+        given = dict(segments_BS=segments_Bs, initial_BWE=initial_BWE, activation=activation, implementation=implementation)
         return conv.causal_conv(x_BsE, w_EW, bias_E, **given)[0]
 
     specs = tuple(activation_spec(dims) for dims in ("BSE", "EW", "E", "BS"))
