@@ -20,6 +20,7 @@ KERNELS = {
     "causal_conv": {
         "reference": "lcx.ops.causal_conv_reference",
         "chunked": "lcx.ops.causal_conv_chunked",
+        "mosaic_tpu": "pallas_kernels.causal_conv_tpu",
     },
     "selective_scan": {
         "reference": "lcx.ops.selective_scan_reference",

@@ -1,0 +1,274 @@
+"""The TPU kernels of the convolution: interpreted against the reference, what they refuse, compiled for every TPU, bundles.
+
+Run as a program, this file counts the instruction bundles of both kernels: python -m tests.test_causal_conv_tpu TARGET FOLDER.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.ops.causal_conv import ConvSpec, Inputs, causal_conv
+from lcx.parallel import recurrences
+from lcx.planning.bundles import blocks, environment, vmem_bytes
+from lcx.registry import UserError
+from pallas_kernels import causal_conv_tpu, causal_conv_tpu_cut, interpret
+from tests.recurrences import breaks, compare, runner
+from tests.test_causal_conv import OPTIONAL, problem, unequal
+from tests.tpu_bundles import TARGETS
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
+)
+LANES, ROWS = causal_conv_tpu_cut.LANES, causal_conv_tpu_cut.ROWS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Blocks of at most two parts of the tokens and two groups of channels, so that short rows have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_conv_tpu_cut, "CHANNELS", 2 * LANES)
+        patch.setattr(causal_conv_tpu_cut, "BLOCK_BYTES", 2 * ROWS * 2 * LANES * 4)
+        yield
+
+
+# Interpreted.
+
+
+def test_it_equals_the_reference():
+    """Two blocks of channels, two of tokens, the last part of one of 44; documents, padding, everything optional."""
+    arrays, segments, cotangents = problem(1, 300, 512, 4)
+    segments = unequal(segments)
+    cut = causal_conv_tpu_cut.Cut(Inputs(**{name: jnp.asarray(x) for name, x in arrays.items()}))
+    assert cut.grid == (1, 2, 2) and cut.tokens // ROWS == 2
+    expected = runner(causal_conv, implementation="reference", activation="silu")(arrays, segments, cotangents)
+    run = runner(causal_conv, implementation="mosaic_tpu", activation="silu")
+    with interpret.interpreted():
+        compare(run(arrays, segments, cotangents), expected)
+        breaks(run, arrays, segments, cotangents, expected)
+
+
+def test_it_equals_the_reference_in_bf16_on_two_cores(monkeypatch):
+    """One document a row and none given, blocks that are full, no activation; two cores share one row."""
+    monkeypatch.setattr(causal_conv_tpu_cut, "device_kind", lambda: "TPU v5p")
+    arrays, _, cotangents = problem(1, 8 * ROWS, 256, 4, without=OPTIONAL)
+    narrow = arrays | dict(x_BSE=arrays["x_BSE"].astype(jnp.bfloat16))
+    assert causal_conv_tpu_cut.Cut(Inputs(narrow["x_BSE"], arrays["w_EW"], None, None)).grid == (1, 2, 2)
+    widened = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
+    expected = runner(causal_conv, implementation="reference")(widened, None, cotangents)
+    run = runner(causal_conv, implementation="mosaic_tpu")
+    with interpret.interpreted():
+        actual = run(narrow, None, cotangents)
+        assert {name for name, x in actual.items() if x.dtype == jnp.bfloat16} == {"y", "final", "dx_BSE"}
+        compare(actual, expected, dtype="bfloat16")
+        for changed in (dict(x_BSE=narrow["x_BSE"] * 1.125), dict(w_EW=arrays["w_EW"] * np.float32(1.125))):
+            with pytest.raises(AssertionError):
+                compare(run(narrow | changed, None, cotangents), expected, dtype="bfloat16")
+
+
+@functools.cache
+def packed(implementation: str):
+    """Compiled once: 3 blocks of one part."""
+    run = runner(causal_conv, implementation=implementation, activation="silu")
+    return lambda arrays, segments, cotangents: run(arrays, jnp.asarray(segments), cotangents)
+
+
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    documents=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2 * ROWS)), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_documents_of_any_length_and_order(documents, seed):
+    """Ids that come again, padding anywhere, starts at and around the ends of parts and blocks."""
+    S = 2 * ROWS + 9
+    ids = np.concatenate([np.full(length, name, np.int32) for name, length in documents])
+    segments = np.resize(ids, (1, S))
+    arrays, _, cotangents = problem(1, S, LANES, 3, seed=seed)
+    expected = packed("reference")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        compare(packed("mosaic_tpu")(arrays, segments, cotangents), expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(2, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((ROWS, 1), (ROWS + 1, 9)))]
+)
+def test_rows_shorter_than_the_weights_and_other_widths(tokens, width):
+    arrays, segments, cotangents = problem(1, tokens, LANES, width)
+    segments = unequal(segments) if tokens > 2 else None
+    expected = runner(causal_conv, implementation="reference", activation="silu")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        compare(runner(causal_conv, implementation="mosaic_tpu", activation="silu")(arrays, segments, cotangents), expected)
+
+
+def test_what_is_not_a_number_stays_in_its_document():
+    """Padding is not multiplied by zero."""
+    arrays, _, cotangents = problem(1, 2 * ROWS, LANES, 4)
+    segments = np.repeat([[1, 0, 2]], [ROWS - 5, 10, ROWS - 5], axis=1).astype(np.int32)
+    arrays["x_BSE"] = np.where((segments == 0)[..., None], np.float32(np.nan), arrays["x_BSE"])
+    expected = runner(causal_conv, implementation="reference", activation="silu")(arrays, segments, cotangents)
+    with interpret.interpreted():
+        actual = runner(causal_conv, implementation="mosaic_tpu", activation="silu")(arrays, segments, cotangents)
+    compare(actual, expected)
+
+
+@pytest.mark.slow
+def test_over_devices_it_equals_the_whole(mesh_of):
+    """Rows handed from device to device, and gradients, with every mesh axis manual."""
+    arrays, segments, (dy, _) = problem(1, 4 * ROWS, LANES, 4, without=("initial_BWE",))
+
+    def results(arrays, mesh, implementation):
+        options = dict(segments_BS=segments, activation="silu", implementation=implementation)
+        y, pull = jax.vjp(lambda arrays: recurrences.causal_conv(**arrays, mesh=mesh, **options), arrays)
+        return dict(y=y) | {f"d{name}": x for name, x in pull(jnp.asarray(dy))[0].items()}
+
+    def on(mesh, implementation):
+        with jax.set_mesh(mesh), interpret.interpreted():
+            return jax.jit(functools.partial(results, mesh=mesh, implementation=implementation))(arrays)
+
+    compare(on(mesh_of(seq=4), "mosaic_tpu"), on(mesh_of(), "reference"))
+
+
+# Where it runs.
+
+
+def call(E=LANES, W=4, dtype=jnp.float32):
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, dtype)
+    return jax.eval_shape(functools.partial(causal_conv, implementation="mosaic_tpu"), shape(1, 8, E), shape(E, W))
+
+
+def test_it_says_why_it_does_not_run_here():
+    with pytest.raises(UserError, match="'mosaic_tpu' cannot run on cpu: mosaic_tpu: it is for TPU v4, TPU v5, TPU v6"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (dict(E=200), "E=200 channels; it takes multiples of 128, the nearest is 256"),
+        (dict(W=10), "W=10 taps; it takes at most 9"),
+        (dict(dtype=jnp.float16), "x_BSE has dtype float16; it takes bfloat16 and float32"),
+    ],
+)
+def test_what_it_refuses(changed, reason):
+    with interpret.interpreted(), pytest.raises(UserError, match=reason):
+        call(**changed)
+
+
+def test_a_mesh_that_is_left_to_the_compiler_is_refused(mesh_of):
+    with (
+        interpret.interpreted(),
+        jax.set_mesh(mesh_of(data=2)),
+        pytest.raises(UserError, match="mesh axes data, fsdp, seq, tensor"),
+    ):
+        call()
+
+
+# Ahead of time.
+
+
+def compile_for(target: str, tokens: int, channels: int, dtype="bfloat16", packed: bool = True):
+    """(forward, backward) on one device of a target, each as a program of its own."""
+    from lcx.planning.topologies import topology_mesh
+
+    device = topology_mesh(TARGETS[target], data=-1).devices.reshape(-1)[:1]
+    sharding = jax.sharding.SingleDeviceSharding(device[0])
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    x, w, b = shape(1, tokens, channels), shape(channels, 4, dtype="float32"), shape(channels, dtype="float32")
+    segments = shape(1, tokens, dtype="int32") if packed else None
+    inputs, spec = Inputs(x, w, b, shape(1, 3, channels), segments), ConvSpec("silu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh):
+        forward = jax.jit(functools.partial(causal_conv_tpu.forward, spec=spec)).lower(inputs).compile()
+        return forward, jax.jit(functools.partial(causal_conv_tpu.backward, spec=spec)).lower(inputs, x).compile()
+
+
+@pytest.fixture
+def whole_blocks(monkeypatch):
+    """Blocks as they are on a device."""
+    monkeypatch.setattr(causal_conv_tpu_cut, "CHANNELS", 1024)
+    monkeypatch.setattr(causal_conv_tpu_cut, "BLOCK_BYTES", 2**21)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("tokens", "packed", "beside"), [(2**22, False, 0.001), pytest.param(2**16, True, 0.03, marks=pytest.mark.slow)]
+)
+def test_what_moves(tokens, packed, beside, whole_blocks):
+    """Forward x and y, backward x, dy and dx; no memory in proportion to them beside; also of 2^32 numbers."""
+    size = 2 * tokens * 1024
+    for program, units in zip(compile_for("v5p", tokens, 1024, packed=packed), (2, 3), strict=True):
+        assert program.cost_analysis()["bytes accessed"] < (units + beside) * size
+        assert program.memory_analysis().temp_size_in_bytes < beside * size
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("tokens", "channels", "dtype", "packed"), [(300, 384, "bfloat16", True), (4099, 2048, "float32", False)]
+)
+def test_compiles_for_every_tpu(target, tokens, channels, dtype, packed, whole_blocks):
+    for program in compile_for(target, tokens, channels, dtype, packed):
+        assert "lcx_causal_conv" in program.as_text()
+
+
+# Bundles, of a token and 1,024 channels, where no document starts and where one does; MiB of vector memory. Forward, backward.
+COUNTS = {
+    "v5e": dict(plain=(4.95, 11.9), asking=(9.7, 21.9), memory=(9.3, 14.2)),
+    "v5p": dict(plain=(5.13, 12.1), asking=(9.8, 22.0), memory=(9.4, 14.3)),
+    "v6e": dict(plain=(5.35, 12.1), asking=(10.1, 22.0), memory=(9.3, 14.2)),
+    "v4": dict(plain=(9.98, 23.2), asking=(21.5, 44.6), memory=(5.0, 7.6)),
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", COUNTS)
+def test_bundles(target, tmp_path):
+    """In a process of its own: the compiler reads once where to write."""
+    command = [sys.executable, "-m", "tests.test_causal_conv_tpu", target, str(tmp_path)]
+    run = dict(cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(tmp_path) | dict(JAX_PLATFORMS="cpu"), timeout=500, **run)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for what, counts in COUNTS[target].items():
+        for actual, expected in zip(found[what], counts, strict=True):
+            assert actual == pytest.approx(expected, rel=0.03), (what, found)
+
+
+# Loops stand in the one over programs: over groups of 128 channels, and in that over parts of the tokens. What is longer than
+# this are the bodies of the innermost, each twice: for parts that ask for documents, then for those that do not.
+BODY = 50
+
+
+def bundles(folder: str, kernel: str, tokens: int) -> tuple[float, float]:
+    """(where no document starts, where one does) for a token of 1,024 channels; `tokens` of a block of as many channels."""
+    found = blocks(folder, kernel)
+    inner = [block.bundles for block in found if block.loops == 3]
+    bodies, rest = [n for n in inner if n > BODY], [n for n in inner if n <= BODY]
+    outer = [block.bundles for block in found if block.loops == 2]
+    fill, *_ = (n for n in outer if n > BODY)  # once for each part that asks
+    of_group, of_program = sum(outer) - fill, sum(block.bundles for block in found if block.loops == 1)
+    around = 8 * sum(rest) / ROWS + 8 * of_group / tokens + of_program / tokens
+    asking, plain = sum(bodies[::2]), sum(bodies[1::2])
+    return 8 * plain / ROWS + around, 8 * asking / ROWS + fill / ROWS + around
+
+
+def main() -> None:
+    target, folder = sys.argv[1:]
+    compile_for(target, 2**14, 4096)
+    kernels = ("lcx_causal_conv", "lcx_causal_conv_backward")
+    plain, asking = zip(*(bundles(folder, kernel, 512 if target == "v4" else 1024) for kernel in kernels), strict=True)
+    memory = [vmem_bytes(folder, kernel) / 2**20 for kernel in kernels]
+    print(json.dumps(dict(plain=plain, asking=asking, memory=memory)))
+
+
+if __name__ == "__main__":
+    main()
