@@ -21,6 +21,7 @@ KERNELS = {
         "reference": "lcx.ops.causal_conv_reference",
         "chunked": "lcx.ops.causal_conv_chunked",
         "mosaic_tpu": "pallas_kernels.causal_conv_tpu",
+        "triton": "pallas_kernels.causal_conv_triton",
     },
     "selective_scan": {
         "reference": "lcx.ops.selective_scan_reference",
