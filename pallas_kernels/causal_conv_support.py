@@ -7,21 +7,30 @@ import jax.numpy as jnp
 # Bit 0: it is a token, not padding. Bit k: of one document with the token k in front, which is then its tap; bit LATER + k: with
 # the token k behind, whose tap it is.
 LATER = 16
+# Tokens of a part.
+PART = 128
 
 
 def reaches(segments_BS: jax.Array, W: int) -> jax.Array:
-    """int32 words of a convolution of W taps. What stands in front of a row is of the document of token 0, what stands behind it
-    of every document: nothing comes back from there."""
-    real_BS, S = segments_BS != 0, segments_BS.shape[1]
-    word_BS = real_BS.astype(jnp.int32)
+    """int32 words of a convolution of W taps: (B, parts, tokens of a part), 0 behind the last token.
+
+    What stands in front of a row is of the document of token 0, what stands behind it of every document: nothing comes back from
+    there. In parts, because shifts of a whole row take XLA many seconds to compile for a TPU.
+    """
+    (B, S), more = segments_BS.shape, W - 1
+    ids = jnp.pad(segments_BS, ((0, 0), (0, -S % PART))).reshape(B, -1, PART)
+    first = jnp.broadcast_to(segments_BS[:, :1, None], (B, 1, more))
+    in_front = jnp.concatenate([first, ids[:, :-1, PART - more :]], axis=1)
+    behind = jnp.concatenate([ids[:, 1:, :more], jnp.zeros_like(first)], axis=1)
+    near = jnp.concatenate([in_front, ids, behind], axis=2)
+    token = jnp.arange(ids.shape[1] * PART).reshape(1, -1, PART)
+    real = ids != 0
+    word = real.astype(jnp.int32)
     for k in range(1, W):
-        in_front = jnp.concatenate([jnp.repeat(segments_BS[:, :1], k, axis=1), segments_BS], axis=1)[:, :S]
-        behind = jnp.concatenate([segments_BS, segments_BS], axis=1)[:, k : k + S]
-        same = behind == segments_BS
-        same |= (jnp.arange(S) >= S - k)[None]
-        word_BS |= ((in_front == segments_BS) & real_BS).astype(jnp.int32) << k
-        word_BS |= (same & real_BS).astype(jnp.int32) << (LATER + k)
-    return word_BS
+        is_tap = real & (near[:, :, more - k : more - k + PART] == ids)
+        has_tap = real & ((near[:, :, more + k : more + k + PART] == ids) | (token >= S - k))
+        word |= (is_tap.astype(jnp.int32) << k) | (has_tap.astype(jnp.int32) << (LATER + k))
+    return word
 
 
 def whole(W: int) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.causal_conv_support import reaches, whole
+from pallas_kernels.causal_conv_support import PART, reaches, whole
 from pallas_kernels.mosaic_tpu import TWO_CORES, Operand, vmem_bytes
 from pallas_kernels.tiles import device_kind
 
@@ -17,7 +17,7 @@ CHANNELS, BLOCK_BYTES = 1024, 2**21
 # Rows that are copied of the block in front: a register of bf16. Rows of them that are kept: a register of fp32.
 COPIED, KEPT = 16, 8
 # Tokens of one turn of a loop: fewer leave the core waiting for its own results, more do not fit its registers.
-ROWS = 128
+ROWS = PART
 
 
 class Cut:
@@ -86,13 +86,14 @@ class Cut:
           tail: whether what stands behind the last token must be known for nothing.
         """
         place = lambda b, e, i: (b, i, 0, 0)
-        behind, words, asks = self.blocks * self.tokens - self.S, None, None
-        if segments_BS is None and behind and tail:
+        words, asks = None, None
+        if segments_BS is None and tail and self.S < self.blocks * self.tokens:
             segments_BS = jnp.ones((self.B, self.S), jnp.int32)
         if segments_BS is not None:
-            words = jnp.pad(reaches(segments_BS, self.W), ((0, 0), (0, behind)))
+            words = reaches(segments_BS, self.W)
+            words = jnp.pad(words, ((0, 0), (0, self.blocks * self.tokens // ROWS - words.shape[1]), (0, 0)))
+            asks = (words != whole(self.W)).any(2).astype(jnp.int32).reshape(self.B, self.blocks, 1, -1)
             words = words.reshape(self.B, self.blocks, 1, self.tokens)
-            asks = (words != whole(self.W)).reshape(self.B, self.blocks, 1, -1, ROWS).any(4).astype(jnp.int32)
         return dict(
             words=Operand(words, self._spec((None, None, 1, self.tokens), place)),
             asks=Operand(asks, self._spec((None, None, 1, self.tokens // ROWS), place, pltpu.SMEM)),

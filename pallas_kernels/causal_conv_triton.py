@@ -63,7 +63,7 @@ def _launch(kernel, name, inputs, spec, more, outputs, constants) -> dict[str, j
         name,
         grid=(-(-E // BLOCK), -(-S // tokens), B),
         inputs=dict(x=inputs.x_BSE, initial=inputs.initial_BWE, weights=by_distance(inputs))
-        | dict(words=None if inputs.segments_BS is None else reaches(inputs.segments_BS, W))
+        | dict(words=None if inputs.segments_BS is None else reaches(inputs.segments_BS, W).reshape(B, -1)[:, :S])
         | more,
         outputs=outputs,
         constants=dict(S=S, E=E, W=W, STRETCH=tokens, BLOCK=BLOCK, UNROLLED=UNROLLED, SILU=spec.activation == "silu") | constants,
