@@ -67,12 +67,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_definition(name):
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_equals_the_definition(name, implementation):
     shape, without, segmented, activation = CASES[name]
     arrays, _, cotangents = problem(*shape, without=without)
     segments = segmented and segmented(np.random.default_rng(3), *shape[:2])
     expected = expected_of(arrays, segments, cotangents, activation)
-    run = runner(causal_conv, activation=activation)
+    run = runner(causal_conv, activation=activation, implementation=implementation)
     compare(run(arrays, segments, cotangents), expected)
     if name == "everything":
         cotangents = cotangents[0], cotangents[1] + 1
@@ -180,6 +181,7 @@ def test_mistakes_are_one_line():
         "bias_E has dtype int32": dict(bias_E=np.ones(3, np.int32)),
         "segments_BS is float32": dict(segments_BS=segments.astype(np.float32)),
         "activation='sliu' is not known; did you mean 'silu'": dict(activation="sliu"),
+        "implementation='chunkd' is not known; did you mean 'chunked'": dict(implementation="chunkd"),
     }.items():
         with pytest.raises(UserError, match=message) as error:
             call(**wrong)
