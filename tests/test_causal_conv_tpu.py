@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.ops.causal_conv import ConvSpec, Inputs, causal_conv
+from lcx.ops.dispatch import recording
 from lcx.parallel import recurrences
 from lcx.planning.bundles import blocks, environment, vmem_bytes
 from lcx.registry import UserError
@@ -217,6 +219,29 @@ def test_what_moves(tokens, packed, beside, whole_blocks):
 def test_compiles_for_every_tpu(target, tokens, channels, dtype, packed, whole_blocks):
     for program in compile_for(target, tokens, channels, dtype, packed):
         assert "lcx_causal_conv" in program.as_text()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_over_a_row_that_is_spread_over_tpus(whole_blocks):
+    """`auto` takes the kernels; nothing is gathered, rows and documents in front are handed on, and gradients back."""
+    from lcx.planning.topologies import topology_mesh
+
+    mesh = topology_mesh("v5p:2x2x1", seq=4)
+    shape = lambda *dims, dtype, spec=PartitionSpec(None, "seq"): jax.ShapeDtypeStruct(
+        dims, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec)
+    )
+    x, segments = shape(1, 2**16, 2048, dtype="bfloat16"), shape(1, 2**16, dtype="int32")
+
+    def loss(x, w, segments):
+        y = recurrences.causal_conv(x, w, mesh=mesh, segments_BS=segments, activation="silu")
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh), recording(require=dict(causal_conv="mosaic_tpu")):
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        text = gradients.lower(x, shape(2048, 4, dtype="float32", spec=PartitionSpec()), segments).compile().as_text()
+    assert "lcx_causal_conv_backward" in text and "all-gather" not in text
+    assert text.count("collective-permute-start(") == 3
 
 
 # Bundles, of a token and 1,024 channels, where no document starts and where one does; MiB of vector memory. Forward, backward.
