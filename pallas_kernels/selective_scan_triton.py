@@ -17,7 +17,6 @@ from pallas_kernels.selective_scan_triton_backward import backward_kernel
 from pallas_kernels.selective_scan_triton_cut import Cut
 from pallas_kernels.selective_scan_triton_forward import forward_kernel
 from pallas_kernels.selective_scan_triton_stretch import stretch_kernel
-from pallas_kernels.selective_scan_triton_tile import SLOTS
 
 LARGEST_STATE = 64
 
@@ -39,7 +38,7 @@ def forward(inputs, initial_state_BEN, *, spec):
     found = triton_launch.launch(
         forward_kernel,
         "lcx_selective_scan",
-        grid=(-(-cut.E // cut.block), segments, cut.B),
+        grid=(cut.E_padded // cut.block, segments, cut.B),
         inputs=dict(u=u, dt=inputs.dt_BSE, B=cut.map(inputs.B_BSN), C=cut.map(inputs.C_BSN), z=inputs.z_BSE)
         | dict(
             rate=cut.rates(),
@@ -66,43 +65,41 @@ def backward(inputs, residuals, dy_BSE, dfinal_state_BEN, *, spec):
     groups, padding = -(-blocks // together), cut.chunks * cuts.CHUNK - cut.S
     programs = groups * segments * cut.B
     fp32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
-    by_map = fp32(groups, cut.B, cut.S + padding, cut.N)
+    maps = cut.groups(inputs.B_BSN, inputs.C_BSN, padding)
+    dmaps = fp32(groups, *maps.shape)
     given = dict(u=inputs.u_BSE, dt=inputs.dt_BSE, z=inputs.z_BSE)
+    bias_E = jnp.zeros(cut.E) if inputs.dt_bias_E is None else inputs.dt_bias_E
     found = triton_launch.launch(
         backward_kernel,
         "lcx_selective_scan_backward",
         grid=(groups, segments, cut.B),
         inputs=given
-        | dict(
-            B=cut.map(inputs.B_BSN, padding), C=cut.map(inputs.C_BSN, padding), dy=dy_BSE, rate=cut.rates(), slowest=cut.slowest()
-        )
-        | dict(D=cut.channels(inputs.D_E), bias=cut.channels(inputs.dt_bias_E), codes=cut.codes(padding))
+        | dict(maps=maps, dy=dy_BSE, rate=cut.rates(), slowest=cut.slowest())
+        | dict(channels=jnp.stack([cut.channels(inputs.D_E), cut.channels(bias_E)]), codes=cut.codes(padding))
         | dict(starts=residuals, dfinal=cut.state(dfinal_state_BEN))
         | dict(elapsed=after.get("elapsed"), stretch=after.get("stretch")),
         outputs={f"d{name}": x for name, x in given.items()}
-        | dict(dB=by_map, dC=by_map, dA=cut.state_shape(segments), dstate=cut.state_shape(segments))
-        | dict(dD=cut.by_segment(segments, cut.E_padded))
-        | dict(dbias=None if inputs.dt_bias_E is None else cut.by_segment(segments, cut.E_padded))
-        | dict(rows=fp32(programs, SLOTS.value, cuts.ROWS, cut.backward_block))
+        | dict(dmaps=dmaps, dstates=cut.state_shape(segments, 2), dchannels=cut.by_segment(segments, 2, cut.E_padded))
         | dict(inner=fp32(programs, cuts.CHUNK // cuts.GROUP, cut.N, cut.backward_block)),
         constants=cut.sizes()
         | dict(SEGMENT=length, SEGMENTS=segments, CHUNK=cuts.CHUNK, CHUNKS=cut.chunks)
-        | dict(BLOCK=cut.backward_block, BLOCKS=blocks, TOGETHER=together, PARTS=by_map.size // groups)
-        | dict(ROWS=cuts.ROWS, GROUP=cuts.GROUP),
+        | dict(BLOCK=cut.backward_block, BLOCKS=blocks, TOGETHER=together, PARTS=maps.size)
+        | dict(GROUP=cuts.GROUP),
     )
-    by_channel = lambda x: None if x is None else x.sum((0, 1))[: cut.E]
+    dB_BSN, dC_BSN = cut.of_groups(found["dmaps"].sum(0))
+    dchannels_2E = found["dchannels"].sum((0, 1))[:, : cut.E]
     gradients = inputs._replace(
         u_BSE=found["du"],
         dt_BSE=found["ddt"],
-        A_EN=cut.of_state(found["dA"].sum((0, 1))),
-        B_BSN=found["dB"].sum(0)[:, : cut.S, : cut.states],
-        C_BSN=found["dC"].sum(0)[:, : cut.S, : cut.states],
-        D_E=by_channel(found["dD"]),
+        A_EN=cut.of_state(found["dstates"][:, :, 1].sum((0, 1))),
+        B_BSN=dB_BSN,
+        C_BSN=dC_BSN,
+        D_E=dchannels_2E[0],
         z_BSE=found.get("dz"),
-        dt_bias_E=by_channel(found.get("dbias")),
+        dt_bias_E=None if inputs.dt_bias_E is None else dchannels_2E[1],
         marks=None,
     )
-    return as_given(gradients, inputs), cut.of_state(found["dstate"][:, 0])
+    return as_given(gradients, inputs), cut.of_state(found["dstates"][:, 0, 0])
 
 
 def summary(inputs, *, spec):
@@ -121,7 +118,7 @@ def _segments(cut: Cut, length: int, segments: int, dy_BSE: jax.Array | None = N
     return triton_launch.launch(
         stretch_kernel,
         "lcx_selective_scan_stretch" if forward else "lcx_selective_scan_reverse_stretch",
-        grid=(-(-cut.E // cut.block), segments, cut.B),
+        grid=(cut.E_padded // cut.block, segments, cut.B),
         inputs=dict(x=x.u_BSE if forward else dy_BSE, dt=x.dt_BSE, z=None if forward else x.z_BSE)
         | dict(maps=cut.map(x.B_BSN if forward else x.C_BSN), rate=cut.rates(), slowest=cut.slowest())
         | dict(bias=cut.channels(x.dt_bias_E), codes=cut.codes()),

@@ -10,7 +10,7 @@ import triton
 CHUNK = 128
 # Tokens of a chunk whose values by channel the backward pass has in memory at a time, and of those whose states it has in
 # registers; tokens of the other kernels between two branches.
-ROWS, GROUP, UNROLLED = 16, 4, 8
+GROUP, UNROLLED = 4, 8
 # Programs, each of one warp, that keep a large GPU busy: 132 processors of 4 schedulers with 4 warps, and with 2 where a warp
 # takes all the registers that it can address.
 PROGRAMS, BACKWARD_PROGRAMS = 2048, 1024
@@ -35,9 +35,10 @@ class Cut:
         # All states of a channel are in one thread, and of that two channels as long as both fit the registers.
         self.neighbours = 2 if self.N <= 16 else 1
         self.block = 64 if self.N <= 16 else 32 if self.N <= 32 else 16
-        self.E_padded = -(-self.E // self.block) * self.block
         # Backward a thread holds 4 states of 4 channels: sums over channels and sums over states then both cross few threads.
-        self.backward_block = min(32, 512 // self.N)
+        self.backward_block = 512 // self.N
+        whole = max(self.block, self.backward_block)
+        self.E_padded = -(-self.E // whole) * whole
 
     def segments(self, programs: int, wanted: int) -> tuple[int, int]:
         """(tokens of a segment, segments of a row) where every segment of every row takes that many programs."""
@@ -78,6 +79,15 @@ class Cut:
     def map(self, x_BSN: jax.Array, tokens: int = 0) -> jax.Array:
         """B or C in fp32, with zeros for the states and `tokens` that are not there."""
         return jnp.pad(x_BSN.astype(jnp.float32), ((0, 0), (0, tokens), (0, self.N - self.states)))
+
+    def groups(self, B_BSN: jax.Array, C_BSN: jax.Array, tokens: int) -> jax.Array:
+        """B and C of every GROUP tokens behind each other, as the backward kernel reads them; `tokens` fill the last chunk."""
+        split = lambda x_BSN: self.map(x_BSN, tokens).reshape(self.B, -1, GROUP, self.N)
+        return jnp.stack([split(B_BSN), split(C_BSN)], axis=2)
+
+    def of_groups(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, C) back from `groups`."""
+        return tuple(x[:, :, i].reshape(self.B, -1, self.N)[:, : self.S, : self.states] for i in range(2))
 
     def channels(self, x_E: jax.Array | None) -> jax.Array | None:
         return None if x_E is None else self._pad(x_E.astype(jnp.float32))

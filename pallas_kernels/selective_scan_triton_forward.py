@@ -81,7 +81,8 @@ def forward_kernel(
     if stretch is not None:
         last = b * SEGMENTS + segment - 1
         elapsed, stretch = elapsed + last * E_PADDED, stretch + last * (N * E_PADDED)
-        h = behind(h, A, tl.load(slowest + d), elapsed, stretch, entry, d, inside, -1, segment, N * E_PADDED, E_PADDED)
+        slow, STATE = tl.load(slowest + d)[None, :], N * E_PADDED
+        h = behind(h, A, slow, elapsed, stretch, entry, d[None, :], inside[None, :], -1, segment, STATE, E_PADDED)
     skip, offset = tl.load(D + d), loaded(shifted(bias, d))
     first = segment * SEGMENT
     tokens, token = tl.minimum(S - first, SEGMENT), b * S + first

@@ -1,130 +1,143 @@
-"""What the backward pass of the selective scan in Triton computes beside the recurrence, and how the recurrence is laid out.
+"""How the numbers of the backward pass of the selective scan lie in threads and in shared memory of a program, which is one warp.
 
-*Rows*: ROWS tokens by BLOCK channels; a thread has its own numbers, as the arrays lie in memory. *Tiles*: the N states of the
-channels of one token, in two halves (N, HALF); 4 threads share a channel, with 4 states of 4 channels each, so that sums over
-states and sums over channels both cross few threads. Between the two stands memory of the program's own.
+*Tile*: the N states of the BLOCK channels of one token, (1, N, BLOCK). A thread has 4 states of 4 channels, so that sums over
+states and sums over channels both begin in its registers.
+*Rows*: some tokens by BLOCK channels, as the arrays lie in memory; a thread has its own numbers, 4 channels of a token.
+What threads of one form have for threads of the other goes through shared memory, parts of sums too: a thread then adds as many
+numbers as it has stored, where exchanging them among threads would take two instructions for each halving.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.selective_scan_triton_token import FOREVER, LN2, LOG2E, REAL, RESET, sigmoid, softplus
-
-# What a program's memory holds for each of ROWS tokens: dt of the decay, x, dy behind the gate; dt; what ddt, and dz, are
-# multiplied by in the end; and what the recurrence leaves there, g . B, m . A, h . C.
-DECAYING, X, DY, STEP, SLOPE, SLOPE_Z, GB, MA, Y = (tl.constexpr(i) for i in range(9))
-SLOTS = tl.constexpr(9)
+from pallas_kernels.triton_shared import gl, jit
 
 
-# Rows.
+@triton.constexpr_function
+def tile_layout(N, BLOCK):
+    return gl.BlockedLayout([1, 4, 4], [1, N // 4, BLOCK // 4], [1, 1, 1], [2, 1, 0])
 
 
-@triton.jit
-def _fp32(at, mask):
-    """A tile of tokens and channels."""
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+@triton.constexpr_function
+def state_parts_layout(N, BLOCK):
+    """Of (tokens, N / 4, BLOCK), parts of sums over states. Without its middle dim it is that of rows."""
+    return gl.BlockedLayout([1, N // 4, 4], [128 // BLOCK, 1, BLOCK // 4], [1, 1, 1], [2, 1, 0])
 
 
-@triton.jit
-def rows_before(given, codes, bias, rows, mask, tile, SIZE: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Fills the memory of ROWS tokens with what the recurrence reads. Without `dy` only with what the states need."""
-    u, dt, z, dy = given
-    before = _fp32(dt, mask)
-    if bias is not None:
-        before += bias[None, :]
-    step = before
-    if SOFTPLUS:
-        step = softplus(before)
-    real = mask
-    if codes is not None:
-        code = tl.load(codes)[:, None]
-        real = mask & (code >= REAL)
-    if dy is not None:
-        slope = 1.0
-        if SOFTPLUS:  # sigmoid(x) = exp(x - softplus(x)), which is as good for small steps as for large
-            slope = tl.exp2((before - step) * LOG2E)
-        tl.store(rows + SLOPE * SIZE + tile, tl.where(real, slope, 0.0))
-        gradient = tl.where(real, _fp32(dy, mask), 0.0)
-        if z is not None:
-            gate = _fp32(z, mask)
-            s = sigmoid(gate)
-            tl.store(rows + SLOPE_Z * SIZE + tile, gradient * (s * (1.0 + gate * (1.0 - s))))
-            gradient *= gate * s
-        tl.store(rows + DY * SIZE + tile, gradient)
-    step = tl.where(real, step, 0.0)
-    tl.store(rows + X * SIZE + tile, step * _fp32(u, mask))
-    if dy is not None:
-        tl.store(rows + STEP * SIZE + tile, step)
-    if codes is not None:
-        step = tl.where(code == RESET, FOREVER, step)
-    tl.store(rows + DECAYING * SIZE + tile, step)
+@triton.constexpr_function
+def maps_layout(N):
+    """Of tokens by states."""
+    return gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
 
 
-@triton.jit
-def rows_after(u, D, rows, found, sums, mask, tile, SIZE: tl.constexpr):
-    """Stores the gradients by token and channel of ROWS tokens, and adds to those of D and of the bias."""
-    du, ddt, dz = found
-    inner, gradient, u = tl.load(rows + GB * SIZE + tile), tl.load(rows + DY * SIZE + tile), _fp32(u, mask)
-    of_u = tl.load(rows + STEP * SIZE + tile) * inner + D[None, :] * gradient
-    tl.store(du, of_u.to(du.dtype.element_ty), mask=mask)
-    of_step = (u * inner + tl.load(rows + MA * SIZE + tile) * LN2) * tl.load(rows + SLOPE * SIZE + tile)
-    tl.store(ddt, of_step.to(ddt.dtype.element_ty), mask=mask)
-    if dz is not None:
-        of_gate = tl.load(rows + SLOPE_Z * SIZE + tile) * (tl.load(rows + Y * SIZE + tile) + D[None, :] * u)
-        tl.store(dz, of_gate.to(dz.dtype.element_ty), mask=mask)
-    dD, dbias = sums
-    add_to(dD, tl.sum(gradient * u, axis=0))
-    if dbias is not None:
-        add_to(dbias, tl.sum(of_step, axis=0))
+@triton.constexpr_function
+def channel_parts_layout(N, BLOCK):
+    """Of what `channel_parts_memory` holds: a thread adds up the parts of 4 states."""
+    return gl.BlockedLayout([BLOCK // 4, 4], [128 // N, N // 4], [1, 1], [1, 0])
 
 
-@triton.jit
-def add_to(at, x):
-    tl.store(at, x + tl.load(at))
+@triton.constexpr_function
+def channel_parts_places(N, BLOCK):
+    """Numbers of 4 states change places, otherwise in each row of banks (32): of those who store a line none meet in a bank."""
+    lines = max(1, 32 // N)
+    return gl.SwizzledSharedLayout(4, lines, max(1, min(N // 4, BLOCK // 4 // lines)), [1, 0])
 
 
-# Tiles.
-# Halves, because what has as many numbers as a warp has threads Triton loads one by a thread, and brings it to the 4 threads of a
-# channel through shared memory; fewer numbers each thread loads itself.
+@jit
+def row_memory(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return gl.allocate_shared_memory(tl.float32, [ROWS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
-@triton.jit
-def pair(at, HALF: tl.constexpr):
-    """Both halves of a block of channels."""
-    return tl.load(at), tl.load(at + HALF)
+@jit
+def stacked_memory(COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`row_memory` so many times, for an index that is not known when the kernel is compiled."""
+    return gl.allocate_shared_memory(tl.float32, [COUNT, ROWS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
-@triton.jit
-def put_pair(at, x, HALF: tl.constexpr):
-    """Stores what `pair` loads."""
-    tl.store(at, x[0])
-    tl.store(at + HALF, x[1])
+@jit
+def state_parts_memory(ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """For parts of sums over states: of each row N / 4 lines of channels."""
+    return gl.allocate_shared_memory(tl.float32, [ROWS, N // 4, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
-@triton.jit
-def put_sum(at, tile, own, HALF: tl.constexpr):
-    """Stores the sums over states of a tile of each half, a row each.
-
-    A row in the form of a tile, of which only the first line is stored: otherwise Triton would first spread it over all threads.
-    """
-    zero = own * 0
-    for s in tl.static_range(2):
-        row = tl.broadcast_to(tl.sum(tile[s], axis=0)[None, :], tile[s].shape)
-        tl.store(at[None, :] + zero + s * HALF, row, mask=own < HALF)
+@jit
+def channel_parts_memory(ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """For parts of sums over channels: of each row BLOCK / 4 lines of states."""
+    return gl.allocate_shared_memory(tl.float32, [ROWS * BLOCK // 4, N], channel_parts_places(N, BLOCK))
 
 
-@triton.jit
-def add_sum(at, tile, again, TOGETHER: tl.constexpr):
-    """Adds the sums over channels of a tile to what stands there; where `again` does not hold, nothing does."""
-    column = tl.sum(tile, axis=1)
-    if TOGETHER > 1:
-        column += tl.load(at, mask=again, other=0.0)
-    tl.store(at, column)
+@jit
+def of_channels(memory, row: tl.constexpr, TILE: tl.constexpr):
+    """A row as a tile, the same for all states."""
+    return memory.slice(row, 1, 0).load(gl.SliceLayout(1, TILE))[:, None, :]
 
 
-@triton.jit
-def advanced(h, A, now, B):
-    """(decays, states) of the two halves after a token; `now`: its dt and x, each of the first half, then of the second."""
-    dt_0, dt_1, x_0, x_1 = now
-    a_0, a_1 = tl.exp2(A[0] * dt_0[None, :]), tl.exp2(A[1] * dt_1[None, :])
-    return (a_0, a_1), (a_0 * h[0] + B[:, None] * x_0[None, :], a_1 * h[1] + B[:, None] * x_1[None, :])
+@jit
+def of_states(memory, row: tl.constexpr, TILE: tl.constexpr):
+    """A row of B or C as a tile, the same for all channels."""
+    return memory.slice(row, 1, 0).load(gl.SliceLayout(2, TILE))[:, :, None]
+
+
+@jit
+def _four(x):
+    """The four numbers of a thread along the last two dims, 2 by 2."""
+    even, odd = tl.split(x)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@jit
+def quarters(tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a tile the states 0, 4, 8, ..., those behind each, and so on: four of (1, N / 4, BLOCK)."""
+    return _four(tile.reshape(1, N // 4, 2, 2, BLOCK).permute(0, 1, 4, 2, 3))
+
+
+@jit
+def every_fourth(tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """States 0, 4, 8, ... of a tile: a thread's first, whose place in memory is enough to reach all of its own."""
+    return tl.max_contiguous(tl.multiple_of(quarters(tile, N, BLOCK)[0], (1, 1, 4)), (1, 1, 4))
+
+
+@jit
+def put_tile(at, tile, STRIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores a tile; `at` points to every fourth state, and STRIDE numbers further on to the next."""
+    four = quarters(tile, N, BLOCK)
+    for j in tl.static_range(4):
+        tl.store(at + j * STRIDE, four[j])
+
+
+@jit
+def tile_at(at, STRIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Loads what `put_tile` stores."""
+    even = tl.join(tl.load(at), tl.load(at + 2 * STRIDE))
+    odd = tl.join(tl.load(at + STRIDE), tl.load(at + 3 * STRIDE))
+    tile = tl.join(even, odd).permute(0, 1, 3, 4, 2).reshape(1, N, BLOCK)
+    return gl.convert_layout(tile, tile_layout(N, BLOCK))
+
+
+@jit
+def _in_turn(x):
+    """The sum of four, one by one, so that every product among them joins an addition."""
+    return x[0] + x[1] + x[2] + x[3]
+
+
+@jit
+def put_state_parts(memory, row: tl.constexpr, tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the parts of a tile's sums over states."""
+    memory.slice(row, 1, 0).store(_in_turn(quarters(tile, N, BLOCK)))
+
+
+@jit
+def put_channel_parts(memory, row: tl.constexpr, tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the parts of a tile's sums over channels."""
+    LINES: tl.constexpr = BLOCK // 4
+    parts = _in_turn(_four(tile.reshape(1, N, LINES, 2, 2)))
+    memory.slice(row * LINES, LINES, 0).store(parts.permute(0, 2, 1).reshape(LINES, N))
+
+
+@jit
+def channel_sums(memory, ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over channels of all rows, (rows, N)."""
+    sums = tl.sum(memory.load(channel_parts_layout(N, BLOCK)).reshape(ROWS, BLOCK // 4, N), axis=1)
+    return gl.convert_layout(sums, maps_layout(N))

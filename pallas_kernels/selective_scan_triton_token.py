@@ -115,14 +115,15 @@ def behind(
 ):
     """What `count` segments make of a state that lies behind them; it stops where nothing is left of it.
 
-    `elapsed` and `stretch` point to the nearest segment, and STEP segments further on to the one behind it.
+    `elapsed` and `stretch` point to the nearest segment, and STEP segments further on to the one behind it. What belongs to
+    channels alone (`slow`, `d`, `inside`) has one state.
     """
-    total, so_far = tl.zeros_like(state), tl.zeros_like(slow)
+    total, so_far = A * 0.0, slow * 0.0
     going = count > 0
     while going:
-        total += tl.exp2(A * so_far[None, :]) * tl.load(stretch + entry)
+        total += tl.exp2(A * so_far) * tl.load(stretch + entry)
         so_far += tl.load(elapsed + d)
         elapsed, stretch = elapsed + STEP * WIDTH, stretch + STEP * STATE
         count -= 1
         going = (count > 0) & remembered(slow, so_far, inside)
-    return total + tl.exp2(A * so_far[None, :]) * state
+    return total + tl.exp2(A * so_far) * state

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lcx.ops.varying import alike
-from pallas_kernels import interpret
+from pallas_kernels import interpret, triton_shared
 from pallas_kernels.support_mesh import left_to_compiler
 
 # What is compiled for where no GPU is: a topology of Hoppers.
@@ -85,6 +85,7 @@ def launch(
 def _compiled(kernel, name, grid, given, wanted, constants, warps):
     import jax_triton
 
+    triton_shared.keep_layouts()
     here = any(device.platform == "gpu" for device in jax.local_devices())
     # jax-triton takes outputs for the parameters that are left, in the order in which the kernel has them.
     order = [parameter for parameter in kernel.arg_names if parameter in wanted]

@@ -22,11 +22,11 @@ from lcx.ops.causal_conv import ConvSpec, Inputs, causal_conv
 from lcx.ops.dispatch import recording
 from lcx.parallel import recurrences
 from lcx.planning.bundles import blocks, environment, vmem_bytes
+from lcx.planning.kernels import TPUS
 from lcx.registry import UserError
 from pallas_kernels import causal_conv_tpu, causal_conv_tpu_cut, interpret
 from tests.recurrences import breaks, compare, runner
 from tests.test_causal_conv import OPTIONAL, problem, unequal
-from tests.tpu_bundles import TARGETS
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
@@ -180,7 +180,7 @@ def compile_for(target: str, tokens: int, channels: int, dtype="bfloat16", packe
     """(forward, backward) on one device of a target, each as a program of its own."""
     from lcx.planning.topologies import topology_mesh
 
-    device = topology_mesh(TARGETS[target], data=-1).devices.reshape(-1)[:1]
+    device = topology_mesh(TPUS[target], data=-1).devices.reshape(-1)[:1]
     sharding = jax.sharding.SingleDeviceSharding(device[0])
     shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
     x, w, b = shape(1, tokens, channels), shape(channels, 4, dtype="float32"), shape(channels, dtype="float32")
@@ -212,7 +212,7 @@ def test_what_moves(tokens, packed, beside, whole_blocks):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize(
     ("tokens", "channels", "dtype", "packed"), [(300, 384, "bfloat16", True), (4099, 2048, "float32", False)]
 )

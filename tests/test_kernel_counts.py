@@ -43,16 +43,18 @@ def code(*loops: sass.Loop) -> sass.Code:
 
 
 def test_a_token_of_the_selective_scan_on_a_gpu():
-    """8 tokens a turn; 8 parts of 16 tokens in a chunk of 128, each of 4 groups, gone through twice."""
-    parts = loop(100, loop(60)), loop(500, loop(400))
+    """8 tokens a turn; 32 groups of 4 tokens in a chunk of 128, gone through two by two, then one by one."""
+    states, reverse = loop(500), loop(900)
     kernels = dict(
-        forward=[code(loop(10), loop(800))], stretch=[code(loop(400)), code(loop(480))], backward=[code(loop(700, *parts))]
+        forward=[code(loop(10), loop(800))],
+        stretch=[code(loop(400)), code(loop(480))],
+        backward=[code(loop(1700, states, reverse))],
     )
     found = kernel_counts.gpu_scan(kernels)
     assert found["forward"] == 800 / 8 * 16 and found["stretch"] == 480 / 8 * 16
-    assert found["backward"] == (100 + 8 * (40 + 4 * 60) + 8 * (100 + 4 * 400)) / 128 * 32
+    assert found["backward"] == (300 + 16 * 500 + 32 * 900) / 128 * 32
     with pytest.raises(ValueError, match="other loops"):
-        kernel_counts.gpu_scan(kernels | dict(backward=[code(loop(700, parts[0]))]))
+        kernel_counts.gpu_scan(kernels | dict(backward=[code(loop(1700, states))]))
     with pytest.raises(ValueError, match="other loops"):
         kernel_counts.gpu_scan(kernels | dict(forward=[code(loop(800, loop(60)))]))
 

@@ -27,7 +27,7 @@ from tests.recurrences import compare, compare_over_devices, compare_summaries, 
 from tests.test_selective_scan import OPTIONAL, problem
 from tests.tolerance import assert_close
 
-SHORT = dict(CHUNK=8, ROWS=4, GROUP=2, UNROLLED=4, SHORTEST=8)
+SHORT = dict(CHUNK=8, GROUP=2, UNROLLED=4, SHORTEST=8)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def segments_of(arrays) -> tuple[int, int]:
 
 def test_it_equals_the_reference():
     """Two blocks of channels backward, the second of 4; three segments, the last of 7 tokens; documents, padding, all options."""
-    arrays, segments, cotangents = problem(1, 23, 36, 3)
+    arrays, segments, cotangents = problem(1, 23, 36, 9)
     assert segments_of(arrays) == (3, 3)
     expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
     run = runner(selective_scan, implementation="triton")
@@ -58,10 +58,10 @@ def test_it_equals_the_reference():
 
 
 def test_segments_of_several_chunks(monkeypatch):
-    """Chunks of two parts of two groups, three to a segment; one program adds up dB and dC of two blocks of channels."""
+    """Chunks of four groups, three to a segment; one program adds up dB and dC of two blocks of channels."""
     monkeypatch.setattr(selective_scan_triton_cut, "SHORTEST", 16)
     monkeypatch.setattr(selective_scan_triton_cut, "BACKWARD_PROGRAMS", 2)
-    arrays, segments, cotangents = problem(1, 39, 36, 3)
+    arrays, segments, cotangents = problem(1, 39, 36, 9)
     inputs = Inputs(**{name: jnp.asarray(x) for name, x in arrays.items() if name != "initial_state_BEN"})
     assert selective_scan_triton_cut.Cut(inputs, ScanSpec()).backward_segments() == (24, 2, 2)
     expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)
@@ -75,7 +75,7 @@ def test_segments_of_several_chunks(monkeypatch):
 def test_it_equals_the_reference_in_bf16(monkeypatch):
     """Nothing optional, dt as it is, two rows; two blocks of channels whose dB and dC one program adds up."""
     monkeypatch.setattr(selective_scan_triton_cut, "BACKWARD_PROGRAMS", 2)
-    arrays, _, cotangents = problem(2, 8, 64, 2, without=OPTIONAL)
+    arrays, _, cotangents = problem(2, 8, 64, 9, without=OPTIONAL)
     arrays["dt_BSE"] = np.exp(arrays["dt_BSE"])
     narrow = {name: x.astype(jnp.bfloat16) if name[-3:] in ("BSE", "BSN") else x for name, x in arrays.items()}
     widened = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
@@ -88,7 +88,7 @@ def test_it_equals_the_reference_in_bf16(monkeypatch):
     assert_close(actual["final"], expected["final"])  # states are fp32 throughout
 
 
-@pytest.mark.parametrize(("tokens", "states"), [(5, 1), (3, 16), (3, 17)])
+@pytest.mark.parametrize(("tokens", "states"), [(5, 1), (3, 7), (3, 16), (3, 17), (3, 33)])
 def test_it_equals_the_reference_with_other_numbers_of_states(tokens, states):
     arrays, segments, cotangents = problem(1, tokens, 6, states)
     expected = runner(selective_scan, implementation="reference")(arrays, segments, cotangents)

@@ -9,6 +9,7 @@ import triton.language as tl
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import interpret, triton_launch
+from pallas_kernels.triton_shared import gl, jit
 
 
 @triton.jit
@@ -46,6 +47,33 @@ def test_what_is_absent_is_absent_in_the_kernel():
     np.testing.assert_array_equal(plain.astype(np.float32), expected)
     np.testing.assert_array_equal(out.astype(np.float32), 3 * expected)
     np.testing.assert_array_equal(total, [3 * expected[i : i + 8].sum() for i in (0, 8, 16)])
+
+
+@jit
+def turned(x, out, rows: tl.constexpr, unstored: tl.constexpr, wrong: tl.constexpr):
+    """Every row through shared memory, backwards; all but `unstored` are put there."""
+    memory = gl.allocate_shared_memory(tl.float32, [rows, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    layout: tl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
+    at = gl.arange(0, 4, gl.SliceLayout(0, layout))[None, :]
+    for i in tl.static_range(rows - unstored):
+        memory.slice(i, 1 + wrong, 0).store(tl.load(x + i * 4 + at))
+    for i in tl.static_range(rows):
+        tl.store(out + i * 4 + at, memory.slice(rows - 1 - i, 1, 0).load(layout))
+
+
+def test_shared_memory_in_the_interpreter():
+    """It keeps what is stored, has no number where nothing is, and takes no tensor of another shape."""
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
+
+    def call(unstored=0, wrong=0):
+        sizes = dict(rows=4, unstored=unstored, wrong=wrong)
+        return triton_launch.launch(turned, "turned", grid=(1,), inputs=dict(x=x), outputs=dict(out=x), constants=sizes)["out"]
+
+    with interpret.interpreted():
+        np.testing.assert_array_equal(call(), x[::-1])
+        np.testing.assert_array_equal(call(unstored=1), [[np.nan] * 4, *x[2::-1]])
+        with pytest.raises(jax.errors.JaxRuntimeError, match="does not fit shared memory"):
+            call(wrong=1).block_until_ready()
 
 
 def test_over_devices(mesh_of):

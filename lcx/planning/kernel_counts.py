@@ -123,11 +123,14 @@ def gpu_scan(found: dict[str, list[sass.Code]]) -> dict[str, float]:
     cuts = load(KERNELS["selective_scan"], "triton", field="selective_scan").cuts
     (forward,), (backward,) = found["forward"], found["backward"]
     walks, chunk = [code.longest() for code in (forward, *found["stretch"])], backward.longest()
-    if any(walk.inside for walk in walks) or [len(part.inside) for part in chunk.inside] != [1, 1]:
-        raise ValueError("the selective scan has other loops than a walk of tokens, or than a chunk's parts and their groups")
+    if any(walk.inside for walk in walks) or [loop.inside for loop in chunk.inside] != [[], []]:
+        raise ValueError("the selective scan has other loops than a walk of tokens, or than two through the groups of a chunk")
     # A warp takes 64 channels of N=16, backward 32.
     forward, *stretches = (walk.executed() / cuts.UNROLLED * (1024 // 64) for walk in walks)
-    executed = chunk.executed(cuts.CHUNK // cuts.ROWS, cuts.ROWS // cuts.GROUP)
+    # The states' loop takes two groups a turn (and of the last one but their rows, which is left in here), the reverse loop one.
+    states, reverse = (loop.instructions.total() for loop in chunk.inside)
+    groups = cuts.CHUNK // cuts.GROUP
+    executed = chunk.instructions.total() - states - reverse + groups / 2 * states + groups * reverse
     return dict(forward=forward, backward=executed / cuts.CHUNK * (1024 // 32), stretch=max(stretches))
 
 
