@@ -40,7 +40,8 @@ def whole(W: int) -> int:
 
 def by_distance(inputs) -> jax.Array:
     """fp32 rows of E: the weight of the token itself, of the token in front of it, ..., and the bias."""
-    return jnp.concatenate([jnp.flip(inputs.w_EW.T, 0), inputs.bias_E[None]]).astype(jnp.float32)
+    w_EW, bias_E = inputs.w_EW.astype(jnp.float32), inputs.bias_E.astype(jnp.float32)
+    return jnp.concatenate([jnp.flip(w_EW.T, 0), bias_E[None]])
 
 
 def gradients(inputs, dx_BSE: jax.Array, of_weights: jax.Array):

@@ -7,6 +7,7 @@ read once. Of dw and dbias it sums what its stretch of tokens adds, and XLA adds
 
 import jax
 import jax.numpy as jnp
+import triton
 
 from pallas_kernels import triton_launch
 from pallas_kernels.causal_conv_support import by_distance, gradients, reaches
@@ -52,7 +53,7 @@ def stretch(B: int, S: int, E: int) -> int:
     tokens = LONGEST
     while tokens > SHORTEST and B * -(-E // BLOCK) * -(-S // tokens) < PROGRAMS:
         tokens //= 2
-    return tokens
+    return max(tokens, triton.next_power_of_2(-(-S // triton_launch.MOST_PROGRAMS)))
 
 
 def _launch(kernel, name, inputs, spec, more, outputs, constants) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""What the kernels of both recurrences share on every device: the dtypes that they take, gradients as they are wanted."""
+"""What kernels of the recurrences and of the convolution share on every device: dtypes that they take, gradients as wanted."""
 
 from typing import Any
 

@@ -29,6 +29,8 @@ CAPABILITY = 90
 PTX, PACKAGE = 90, "jax_cuda13_plugin"
 # What the kernels have been compiled for, and their shared memory counted: others have less, or other matrix units.
 DEVICES = ("H100", "H200", "GH200")
+# Of the second and third dim of a grid; the first may have 2^31.
+MOST_PROGRAMS = 65_535
 ONE_AT_A_TIME = threading.Lock()  # the interpreter's builder is global, and several devices call back at once
 TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, "int32": tl.int32, "int8": tl.int8}
 
@@ -63,6 +65,8 @@ def launch(
 ) -> dict[str, jax.Array]:
     """Runs a kernel on pointers by name and returns the outputs by name; they begin with whatever stands in memory.
 
+    Under `vmap` it runs once for each entry.
+
     Args:
       kernel: under `triton.jit`; its parameters are the names of inputs, outputs and constants.
       name: of the kernel in profiles.
@@ -73,13 +77,19 @@ def launch(
     """
     if (reason := refuse()) is not None:
         raise RuntimeError(reason)
+    if any(programs > MOST_PROGRAMS for programs in grid[1:]):
+        raise ValueError(f"{name}: a grid of {grid} programs; the second and third dim take at most {MOST_PROGRAMS}")
     given = {name: x for name, x in inputs.items() if x is not None}
     given = {name: x.astype(jnp.int8) if x.dtype == jnp.bool_ else x for name, x in given.items()}
     wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items() if x is not None}
     absent = {name: None for name, x in (inputs | outputs).items() if x is None}
     run = _interpreted if interpret.mode() else _compiled
-    found = run(kernel, name, grid, given, wanted, constants | absent, warps)
-    return dict(zip(wanted, alike(found, *given.values()), strict=True))
+
+    @jax.custom_batching.sequential_vmap
+    def one(*arrays):
+        return run(kernel, name, grid, dict(zip(given, arrays, strict=True)), wanted, constants | absent, warps)
+
+    return dict(zip(wanted, alike(one(*given.values()), *given.values()), strict=True))
 
 
 def _compiled(kernel, name, grid, given, wanted, constants, warps):

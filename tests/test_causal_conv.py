@@ -132,6 +132,17 @@ def test_bf16_inputs():
     compare(actual, runner(causal_conv, activation="silu")(widened, segments, cotangents), dtype="bfloat16")
 
 
+def test_gradients_of_the_rows_in_front_are_rounded_once():
+    """Summed in fp32 in bf16 too: what rounding the exact gradient leaves, and not a rounding for each tap."""
+    arrays, _, cotangents = problem(2, 64, 48, 7, without=("bias_E",))
+    narrow = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
+    widened = {name: np.asarray(x, np.float32) for name, x in narrow.items()}
+    cotangents = jnp.asarray(cotangents[0], jnp.bfloat16), jnp.zeros_like(narrow["initial_BWE"])
+    exact = runner(causal_conv)(widened, None, tuple(np.asarray(x, np.float32) for x in cotangents))["dinitial_BWE"]
+    actual = runner(causal_conv)(narrow, None, cotangents)["dinitial_BWE"]
+    np.testing.assert_array_equal(actual, exact.astype(jnp.bfloat16))
+
+
 def test_only_the_arguments_are_kept_for_the_backward_pass():
     S, E, W = 4096, 64, 4
     shapes = dict(x_BSE=(1, S, E), w_EW=(E, W), bias_E=(E,), segments_BS=(1, S))

@@ -31,8 +31,9 @@ def short():
 
 
 def test_it_equals_the_reference():
-    """Two blocks of channels, the second of 2; three stretches, the last of 1 token; documents, padding, everything optional."""
-    arrays, segments, cotangents = problem(1, 17, 6, 4)
+    """Two rows of other documents; two blocks of channels, the second of 2; three stretches, the last of 1 token; padding,
+    everything optional."""
+    arrays, segments, cotangents = problem(2, 17, 6, 4)
     segments = unequal(segments)
     expected = runner(causal_conv, implementation="reference", activation="silu")(arrays, segments, cotangents)
     run = runner(causal_conv, implementation="triton", activation="silu")
@@ -74,15 +75,26 @@ def packed(implementation: str):
 
 
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)
-@hypothesis.given(segments=st.lists(st.integers(0, 2), min_size=10, max_size=10), seed=st.integers(0, 99))
+@hypothesis.given(segments=st.lists(st.integers(0, 2), min_size=20, max_size=20), seed=st.integers(0, 99))
 def test_documents_of_any_length_and_order(segments, seed):
     """Ids that come again, padding anywhere and not a number there."""
-    arrays, _, cotangents = problem(1, 10, 4, 3, seed=seed, without=("initial_BWE",))
-    segments = np.array([segments], np.int32)
+    arrays, _, cotangents = problem(2, 10, 4, 3, seed=seed)
+    segments = np.array(segments, np.int32).reshape(2, 10)
     arrays["x_BSE"] = np.where((segments == 0)[..., None], np.float32(np.nan), arrays["x_BSE"])
     expected = packed("reference")(arrays, segments, cotangents)
     with interpret.interpreted():
         compare(packed("triton")(arrays, segments, cotangents), expected)
+
+
+def test_under_vmap():
+    """As one call of all rows."""
+    arrays, segments, _ = problem(2, 9, 4, 3, without=OPTIONAL)
+    run = functools.partial(causal_conv, w_EW=arrays["w_EW"], implementation="triton", activation="silu")
+    row = lambda x, segments: run(x[None], segments_BS=segments[None])[0][0]
+    with interpret.interpreted():
+        np.testing.assert_array_equal(
+            jax.jit(jax.vmap(row))(arrays["x_BSE"], segments), run(arrays["x_BSE"], segments_BS=segments)[0]
+        )
 
 
 def test_over_devices_it_equals_the_whole(mesh_of):
@@ -143,3 +155,4 @@ def test_how_rows_are_cut(monkeypatch):
     assert causal_conv_triton.stretch(1, 2**20, 2048) == 512
     assert causal_conv_triton.stretch(1, 2**15, 2048) == 128
     assert causal_conv_triton.stretch(1, 2**10, 256) == 32
+    assert causal_conv_triton.stretch(1, 2**25, 128) == 1024  # no more than CUDA starts in a grid's second dim

@@ -1,12 +1,12 @@
-"""The Triton kernels of both recurrences on arrays of more than 2^31 numbers: the last channels of the last segment, or chunk."""
+"""The Triton kernels of recurrences and convolution on arrays of more than 2^31 numbers: the last channels of the last tokens."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.ops import selective_scan, ssd
+from lcx.ops import causal_conv, selective_scan, ssd
 from lcx.ops.recurrence import Marks
-from pallas_kernels import selective_scan_triton, selective_scan_triton_cut, ssd_triton, ssd_triton_cut
+from pallas_kernels import causal_conv_triton, selective_scan_triton, selective_scan_triton_cut, ssd_triton, ssd_triton_cut
 from tests.last_program import Lazy, compare_far
 from tests.recurrences import normal
 from tests.test_selective_scan_triton import SHORT
@@ -132,3 +132,30 @@ def test_ssd_backward(ssd_cut):
         ssd_triton.backward(inputs, starts, dy, jnp.asarray(normal(random, 1, H, K, N)), spec=SPEC)
 
     compare_far(call, FRONT, lcx_ssd_states="x", lcx_ssd_gradients="dy", lcx_ssd_pairs="x dy", lcx_ssd_maps="x dy")
+
+
+# The convolution.
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    monkeypatch.setattr(causal_conv_triton, "stretch", lambda B, S, E: 16)
+
+
+def conv_inputs(front):
+    random, (x, dy) = np.random.default_rng(4), by_token(front, (WIDTH,), (WIDTH,))
+    segments = np.ones((1, front + TAIL), np.int32)
+    segments[:, -2:] = 2
+    initial = jnp.zeros((1, 3, WIDTH), jnp.bfloat16)
+    weights = jnp.asarray(normal(random, WIDTH, 4)), jnp.asarray(normal(random, WIDTH))
+    return causal_conv.Inputs(x, *weights, initial, jnp.asarray(segments)), dy
+
+
+def test_the_convolution_forward(short_stretches):
+    call = lambda front: causal_conv_triton.forward(conv_inputs(front)[0], spec=causal_conv.ConvSpec("silu"))
+    compare_far(call, FRONT, lcx_causal_conv="x y")
+
+
+def test_the_convolution_backward(short_stretches):
+    call = lambda front: causal_conv_triton.backward(*conv_inputs(front), spec=causal_conv.ConvSpec("silu"))
+    compare_far(call, FRONT, lcx_causal_conv_backward="x dy dx")

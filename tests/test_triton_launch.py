@@ -94,3 +94,8 @@ def test_what_was_decided_before_triton_was_imported(monkeypatch):
     assert "CUDA 13 packages" in triton_launch.refuse()
     with interpret.interpreted(), pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1 in the environment"):
         run(jnp.zeros(8), np.ones(8, bool))
+
+
+def test_grids_that_cuda_does_not_start():
+    with interpret.interpreted(), pytest.raises(ValueError, match=r"turned: a grid of \(1, 65536\).*at most 65535"):
+        triton_launch.launch(turned, "turned", grid=(1, 65_536), inputs={}, outputs={}, constants={})

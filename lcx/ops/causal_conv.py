@@ -114,11 +114,13 @@ def _backward(backend, spec, inputs, dy_BSE):
 
 
 def _of_initial(spec: ConvSpec, inputs: Inputs, dy_BSE: jax.Array) -> jax.Array:
-    """The gradient of the rows in front of token 0: they are taps of the first W - 1 tokens alone."""
+    """The gradient of the rows in front of token 0: they are taps of the first W - 1 tokens alone. Summed in fp32."""
     few = lambda x: None if x is None else x[:, : inputs.initial_BWE.shape[1]]
-    first = inputs._replace(x_BSE=few(inputs.x_BSE), segments_BS=few(inputs.segments_BS))
+    exact = lambda x: x.astype(jnp.float32)
+    first = inputs._replace(x_BSE=exact(few(inputs.x_BSE)), segments_BS=few(inputs.segments_BS))
     run = lambda initial_BWE: causal_conv_chunked.forward(first._replace(initial_BWE=initial_BWE), spec=spec)
-    return jax.vjp(run, inputs.initial_BWE)[1](few(dy_BSE))[0]
+    (dinitial_BWE,) = jax.vjp(run, exact(inputs.initial_BWE))[1](exact(few(dy_BSE)))
+    return dinitial_BWE.astype(inputs.initial_BWE.dtype)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -105,6 +105,8 @@ def causal_conv(
 ) -> jax.Array:
     """`lcx.ops.causal_conv.causal_conv` of rows that are spread over the mesh: y_BSE, with zeros in front of each row.
 
+    A document must not go on behind padding: a device whose first token is padding takes nothing from the one in front.
+
     Raises:
       UserError: as there; a length that does not divide, or shards shorter than the convolution.
     """
