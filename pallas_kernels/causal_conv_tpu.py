@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv_support import LATER, by_distance, gradients
 from pallas_kernels.causal_conv_tpu_cut import COPIED, KEPT, LANES, ROWS, Cut
 from pallas_kernels.mosaic_tpu import Operand, launch
 from pallas_kernels.scan_support import wrong_kind
-from pallas_kernels.scan_tpu import not_here
+from pallas_kernels.scan_tpu import exp, not_here
 
-# silu(x) = h (1 + tanh h), with h = x / 2: the kernels get half of the weights, which is exact, and leave a half to whoever sums.
-SCALE = {None: 1.0, "silu": 0.5}
+# silu(x) = z / (-1 - exp z), with z = -x: the kernels get the weights with the other sign, and leave it to whoever sums.
+SCALE = {None: 1.0, "silu": -1.0}
+# What is larger is taken for this in exp(z), whose reciprocal is then no smaller than the least normal number.
+LARGEST = 87.0
 
 
 def refuse(spec, shapes, dtypes, device_kind):
@@ -46,7 +49,7 @@ def forward(inputs, *, spec):
         _given(cut, inputs, spec) | cut.marks(inputs.segments_BS),
         outputs=dict(y=cut.of_tokens(jax.ShapeDtypeStruct(x.shape, x.dtype))),
         scratch=dict(wide=cut.wide(), edge=cut.edge()),
-        operations=2 * cut.W + 4,
+        operations=2 * cut.W + 9,
     )["y"]
 
 
@@ -63,7 +66,7 @@ def backward(inputs, dy_BSE, *, spec):
         | cut.marks(inputs.segments_BS, tail=True),
         outputs=dict(dx=cut.of_tokens(jax.ShapeDtypeStruct(x.shape, x.dtype)), sums=cut.sums()),
         scratch=dict(wide=cut.wide(), gradient=cut.wide(), edge=cut.edge()),
-        operations=6 * cut.W + 9,
+        operations=6 * cut.W + 14,
     )
     return gradients(inputs, found["dx"], SCALE[spec.activation] * found["sums"].sum((0, 2)))
 
@@ -103,7 +106,7 @@ def _forward_kernel(refs, cut: Cut, spec):
             refs.wide[_part(i, ROWS, KEPT), :] = refs.x[here, lanes].astype(jnp.float32)
             word = refs.columns[here, :] if asking else None
             y = _before(weights, _taps(refs, cut, i, word))
-            y = y * (1 + jnp.tanh(y)) if spec.activation == "silu" else y
+            y = y * _sigmoid(y)[0] if spec.activation == "silu" else y
             refs.y[here, lanes] = _only(word, 0, y).astype(refs.y.dtype)
 
         _over(refs, cut, of_rows)
@@ -134,9 +137,9 @@ def _backward_kernel(refs, cut: Cut, spec):
             word = refs.columns[here, :] if asking else None
             g = refs.dy[here, lanes].astype(jnp.float32)
             if spec.activation == "silu":
-                half = _before(weights, _taps(refs, cut, i, word))
-                bent = jnp.tanh(half)
-                g = g * ((1 + bent) * (1 + half * (1 - bent)))
+                z = _before(weights, _taps(refs, cut, i, word))
+                sigmoid, other = _sigmoid(z)
+                g = g * (sigmoid * (1 + z * other))
             refs.gradient[here, :] = _only(word, 0, g)
 
         def of_inputs(i, asking, sums):
@@ -210,3 +213,13 @@ def _before(weights: list[jax.Array], taps: list[jax.Array]) -> jax.Array:
     for weight, tap in zip(weights, taps, strict=False):
         total = total + weight * tap
     return total
+
+
+def _sigmoid(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-sigmoid(-z) and -sigmoid(z), each good to a few roundings of itself however small: neither is a difference.
+
+    By tanh it would be one instruction of the many, but 1 - tanh(z / 2) has lost all its digits at z = 17.
+    """
+    grown = exp(jnp.minimum(z, LARGEST))
+    shrunk = pltpu.reciprocal(-1 - grown, full_range=False)
+    return shrunk, grown * shrunk

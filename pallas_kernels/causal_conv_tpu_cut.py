@@ -115,4 +115,4 @@ class Cut:
         """Of a kernel with so many operations for each token and channel."""
         elements = self.B * self.S * self.E
         size = sum(x.size * x.dtype.itemsize for x in moved if x is not None)
-        return pl.CostEstimate(flops=operations * elements, transcendentals=elements, bytes_accessed=size)
+        return pl.CostEstimate(flops=operations * elements, transcendentals=3 * elements, bytes_accessed=size)

@@ -1,4 +1,4 @@
-"""What the TPU kernels of both recurrences share: where they run, and the softplus of step sizes."""
+"""What the TPU kernels of the recurrences and of the convolution share: where they run, exp, and the softplus of step sizes."""
 
 import math
 
@@ -19,7 +19,7 @@ def not_here(device_kind: str) -> str | None:
 
 
 def exp(x: jax.Array) -> jax.Array:
-    """exp of x <= 0, good to 5e-7 of itself down to x = -10 and to 8e-7 down to -30.
+    """exp, good to 5e-7 of itself for x from -10 to 10 and to 8e-7 from -30 to 30.
 
     The compiler makes exp2(x log2(e)) of jnp.exp, which errs by the rounding of the product: by 2e-6 at -30. Here x itself is an
     exponent, which is exact, and the product is smaller.
