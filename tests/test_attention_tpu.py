@@ -13,6 +13,7 @@ from lcx.ops.tiling import Tiling
 from lcx.ops.types import AttentionSpec, Mask, Runs, Segments, contiguous
 from lcx.ops.visibility import visible_BST
 from lcx.parallel.layouts import local_runs
+from lcx.planning.kernels import TPUS
 from lcx.registry import UserError
 from pallas_kernels import attention_tpu, attention_tpu_tile, interpret
 from pallas_kernels.attention_ranges import Pairs
@@ -21,7 +22,6 @@ from tests.tolerance import assert_close
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
-TARGETS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 # Which tiles are computed.
@@ -207,7 +207,7 @@ def compile_for(target: str, K: int, dtype: str, length: int = 1024, heads: tupl
     """Forward and backward pass of one device of a target: packed, window, sinks, two traced runs a side, with a carry."""
     from lcx.planning.topologies import topology_mesh
 
-    mesh = topology_mesh(TARGETS[target], data=-1)
+    mesh = topology_mesh(TPUS[target], data=-1)
     device = mesh.devices.reshape(-1)[:1]
     sharding = jax.sharding.SingleDeviceSharding(device[0])
     shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
@@ -229,7 +229,7 @@ def compile_for(target: str, K: int, dtype: str, length: int = 1024, heads: tupl
 # Every head width for one target and every target for one width; the rest of the product is for `make test-slow`.
 COMPILED = [
     pytest.param(target, K, marks=[] if target == "v5e" or K == 128 else pytest.mark.slow)
-    for target in TARGETS
+    for target in TPUS
     for K in attention_tpu.HEAD_WIDTHS
 ]
 

@@ -1,14 +1,7 @@
-"""The TPU kernels of the convolution: interpreted against the reference, what they refuse, compiled for every TPU, bundles.
-
-Run as a program, this file counts the instruction bundles of both kernels: python -m tests.test_causal_conv_tpu TARGET FOLDER.
-"""
+"""The TPU kernels of the convolution: interpreted against the reference, what they refuse, traffic, every TPU, bundles."""
 
 import functools
 import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -21,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lcx.ops.causal_conv import ConvSpec, Inputs, causal_conv
 from lcx.ops.dispatch import recording
 from lcx.parallel import recurrences
-from lcx.planning.bundles import blocks, environment, vmem_bytes
-from lcx.planning.kernels import TPUS
+from lcx.planning.bundles import vmem_bytes
+from lcx.planning.kernel_counts import compile_into, tpu_conv
+from lcx.planning.kernels import TPUS, compile_causal_conv
 from lcx.registry import UserError
 from pallas_kernels import causal_conv_tpu, causal_conv_tpu_cut, interpret
+from tests.launches import recorded
 from tests.recurrences import breaks, compare, runner
 from tests.test_causal_conv import OPTIONAL, problem, unequal
 from tests.tolerance import assert_close
@@ -205,21 +200,6 @@ def test_a_mesh_that_is_left_to_the_compiler_is_refused(mesh_of):
 # Ahead of time.
 
 
-def compile_for(target: str, tokens: int, channels: int, dtype="bfloat16", packed: bool = True):
-    """(forward, backward) on one device of a target, each as a program of its own."""
-    from lcx.planning.topologies import topology_mesh
-
-    device = topology_mesh(TPUS[target], data=-1).devices.reshape(-1)[:1]
-    sharding = jax.sharding.SingleDeviceSharding(device[0])
-    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
-    x, w, b = shape(1, tokens, channels), shape(channels, 4, dtype="float32"), shape(channels, dtype="float32")
-    segments = shape(1, tokens, dtype="int32") if packed else None
-    inputs, spec = Inputs(x, w, b, shape(1, 3, channels), segments), ConvSpec("silu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(device, ("x",)).abstract_mesh):
-        forward = jax.jit(functools.partial(causal_conv_tpu.forward, spec=spec)).lower(inputs).compile()
-        return forward, jax.jit(functools.partial(causal_conv_tpu.backward, spec=spec)).lower(inputs, x).compile()
-
-
 @pytest.fixture
 def whole_blocks(monkeypatch):
     """Blocks as they are on a device."""
@@ -227,26 +207,49 @@ def whole_blocks(monkeypatch):
     monkeypatch.setattr(causal_conv_tpu_cut, "BLOCK_BYTES", 2**21)
 
 
+UNITS = {"lcx_causal_conv": 2, "lcx_causal_conv_backward": 3}
+
+
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("tokens", "packed", "beside"), [(2**22, False, 0.001), pytest.param(2**16, True, 0.04, marks=pytest.mark.slow)]
+    ("tokens", "plain", "beside"), [(2**22, True, 0.001), pytest.param(2**16, False, 0.04, marks=pytest.mark.slow)]
 )
-def test_what_moves(tokens, packed, beside, whole_blocks):
-    """Forward x and y, backward x, dy and dx; no memory in proportion to them beside; also of 2^32 numbers."""
+def test_what_moves(tokens, plain, beside, whole_blocks, monkeypatch):
+    """Forward x and y, backward x, dy, dx, and 16 rows in front of every block of 1,024; a word a token and core. By the blocks
+    that programs are handed; of XLA, which believes what a kernel says of itself, what it adds. Also of 2^32 numbers."""
     size = 2 * tokens * 1024
-    for program, units in zip(compile_for("v5p", tokens, 1024, packed=packed), (2, 3), strict=True):
-        assert program.cost_analysis()["bytes accessed"] < (units + beside) * size
+    with recorded(monkeypatch, causal_conv_tpu) as launches:
+        programs = compile_causal_conv("v5p", tokens, 1024, plain=plain)
+    assert [launch.name for launch in launches] == list(UNITS)
+    for launch, program in zip(launches, programs, strict=True):
+        moved = launch.bytes()
+        whole = [moved.pop(name) for name in ("x", "y", "dy", "dx") if name in moved]
+        assert whole == [size] * UNITS[launch.name]
+        assert moved.pop("in_front", 0) <= 16 / 1024 * size
+        assert moved.pop("words", 0) == (0 if plain else 2 * 4 * tokens)
+        assert sum(moved.values()) < 2**18  # what does not grow with the tokens, and a number for 128 of them
+        assert launch.declared == pytest.approx(sum(launch.bytes().values()), rel=0.01)
+        assert program.cost_analysis()["bytes accessed"] - launch.declared < beside * size
         assert program.memory_analysis().temp_size_in_bytes < beside * size
+
+
+def test_what_moves_is_counted_by_blocks(whole_blocks, monkeypatch):
+    """The twin of the above: the block in front read whole, which no estimate says."""
+    for module in (causal_conv_tpu, causal_conv_tpu_cut):
+        monkeypatch.setattr(module, "COPIED", 1024)
+    x = jax.ShapeDtypeStruct((1, 2**14, 1024), jnp.bfloat16)
+    inputs = Inputs(x, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1024, 4), (1024,), (1, 3, 1024))))
+    with recorded(monkeypatch, causal_conv_tpu) as launches, interpret.interpreted():
+        jax.eval_shape(functools.partial(causal_conv_tpu.backward, spec=ConvSpec(None)), inputs, x)
+    assert launches[0].bytes()["in_front"] == 2 * 1024 * (2**14 - 1024)
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TPUS)
-@pytest.mark.parametrize(
-    ("tokens", "channels", "dtype", "packed"), [(300, 384, "bfloat16", True), (4099, 2048, "float32", False)]
-)
-def test_compiles_for_every_tpu(target, tokens, channels, dtype, packed, whole_blocks):
-    for program in compile_for(target, tokens, channels, dtype, packed):
+@pytest.mark.parametrize(("tokens", "channels", "dtype", "plain"), [(300, 384, "bfloat16", False), (4099, 2048, "float32", True)])
+def test_compiles_for_every_tpu(target, tokens, channels, dtype, plain, whole_blocks):
+    for program in compile_causal_conv(target, tokens, channels, dtype, plain=plain):
         assert "lcx_causal_conv" in program.as_text()
 
 
@@ -286,43 +289,10 @@ COUNTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("target", COUNTS)
 def test_bundles(target, tmp_path):
-    """In a process of its own: the compiler reads once where to write."""
-    command = [sys.executable, "-m", "tests.test_causal_conv_tpu", target, str(tmp_path)]
-    run = dict(cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
-    done = subprocess.run(command, env=environment(tmp_path) | dict(JAX_PLATFORMS="cpu"), timeout=500, **run)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    compile_into(tmp_path, "causal_conv", target)
+    passes = tpu_conv(tmp_path, target).values()
+    found = {what: [counts[what] for counts in passes] for what in ("plain", "asking")}
+    found["memory"] = [vmem_bytes(tmp_path, kernel) / 2**20 for kernel in UNITS]
     for what, counts in COUNTS[target].items():
         for actual, expected in zip(found[what], counts, strict=True):
             assert actual == pytest.approx(expected, rel=0.03), (what, found)
-
-
-# Loops stand in the one over programs: over groups of 128 channels, and in that over parts of the tokens. What is longer than
-# this are the bodies of the innermost, each twice: for parts that ask for documents, then for those that do not.
-BODY = 50
-
-
-def bundles(folder: str, kernel: str, tokens: int) -> tuple[float, float]:
-    """(where no document starts, where one does) for a token of 1,024 channels; `tokens` of a block of as many channels."""
-    found = blocks(folder, kernel)
-    inner = [block.bundles for block in found if block.loops == 3]
-    bodies, rest = [n for n in inner if n > BODY], [n for n in inner if n <= BODY]
-    outer = [block.bundles for block in found if block.loops == 2]
-    fill, *_ = (n for n in outer if n > BODY)  # once for each part that asks
-    of_group, of_program = sum(outer) - fill, sum(block.bundles for block in found if block.loops == 1)
-    around = 8 * sum(rest) / ROWS + 8 * of_group / tokens + of_program / tokens
-    asking, plain = sum(bodies[::2]), sum(bodies[1::2])
-    return 8 * plain / ROWS + around, 8 * asking / ROWS + fill / ROWS + around
-
-
-def main() -> None:
-    target, folder = sys.argv[1:]
-    compile_for(target, 2**14, 4096)
-    kernels = ("lcx_causal_conv", "lcx_causal_conv_backward")
-    plain, asking = zip(*(bundles(folder, kernel, 512 if target == "v4" else 1024) for kernel in kernels), strict=True)
-    memory = [vmem_bytes(folder, kernel) / 2**20 for kernel in kernels]
-    print(json.dumps(dict(plain=plain, asking=asking, memory=memory)))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ import collections
 
 import pytest
 
+from lcx import command
 from lcx.planning import kernel_counts, sass
 from lcx.planning.bundles import Block
 
@@ -76,6 +77,34 @@ def test_other_loops_on_a_tpu_are_noticed(monkeypatch):
         kernel_counts.tpu_scan("")
     with pytest.raises(ValueError, match="lcx_ssd has loops of .* bundles, where 1 are known"):
         kernel_counts.tpu_ssd("")
+    with pytest.raises(ValueError, match="lcx_causal_conv has loops of .* bundles, where 1 and 2 are known"):
+        kernel_counts.tpu_conv("", "v5p")
+
+
+def test_a_token_of_the_convolution_on_a_tpu(monkeypatch):
+    """Bodies of 128 tokens and 128 channels, first those that ask; groups of channels 8 times; and what a program takes once."""
+    of_passes = dict(lcx_causal_conv=[160, 80], lcx_causal_conv_backward=[160, 80, 240, 160])
+    around = [Block(1, 2048, {}, {}), Block(2, 64, {}, {}), Block(2, 32, {}, {}), Block(3, 16, {}, {})]
+    blocks = lambda folder, kernel: around + [Block(3, count, {}, {}) for count in of_passes[kernel]]
+    monkeypatch.setattr(kernel_counts.bundles, "blocks", blocks)
+    found, once = kernel_counts.tpu_conv("", "v5p"), 1 + 0.25 + 2
+    assert found["forward"] == dict(plain=5 + once, asking=10 + 0.5 + once)
+    assert found["backward"] == dict(plain=15 + once, asking=25 + 0.5 + once)
+    assert kernel_counts.tpu_conv("", "v4")["forward"] == dict(plain=5 + 1 + 2 * 2.25, asking=10.5 + 1 + 2 * 2.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "the following arguments are required: op, target"),
+        ("conv v5p", "v5p: op='conv' is not known (valid: selective_scan, ssd, causal_conv, attention)"),
+        ("causal_conv h100", "h100: op='causal_conv' is not known (valid: selective_scan, ssd, attention)"),
+        ("ssd v5q", "target='v5q' is not known; did you mean 'v5p'? (valid: v4, v5e, v5p, v6e, h100)"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, says, capsys):
+    assert command.status(kernel_counts.run, arguments.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
 
 
 def test_a_pair_of_tiles_of_attention_on_a_gpu():

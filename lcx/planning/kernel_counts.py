@@ -1,11 +1,12 @@
 """What kernels take for a token: instruction bundles of a TPU's core, instructions of a GPU's warps. Compiled, not run.
 
-    python -m lcx.planning.kernel_counts selective_scan v5p        # a table as JSON; or ssd, or attention; v4, ..., h100
+    python -m lcx.planning.kernel_counts selective_scan v5p        # a table as JSON; any of `COUNTED`; v4, ..., h100
 
 Counted is everything that an operation does inside, in bf16 with packed documents, in these units (`COUNTED`):
 
 - selective_scan: of a token and 1,024 channels, N=16.
 - ssd: of a token and head of 64, N=128.
+- causal_conv: of a token and 1,024 channels, 4 taps, silu; on TPUs.
 - attention: of a pair of tiles of 512 tokens and head of 128. On a GPU only where nothing is hidden: in a loop that may mask,
   the parts that are jumped over cannot be told from the others. What the copying warps do is left out.
 
@@ -21,13 +22,15 @@ import sys
 import tempfile
 from typing import Any
 
+from lcx import command
 from lcx.planning import bundles, kernels, sass
-from lcx.registry import load
+from lcx.registry import load, unknown
 from pallas_kernels import KERNELS
 
 COUNTED = dict(
     selective_scan="a token and 1,024 channels, N=16",
     ssd="a token and head of 64, N=128",
+    causal_conv="a token and 1,024 channels, 4 taps",
     attention="a pair of tiles of 512 tokens and head of 128",
 )
 
@@ -40,6 +43,8 @@ LOOPS = {
 }
 # A loop over tokens stands in the one over programs. Smaller blocks are what is left of jumps.
 INSIDE, SMALLEST = 2, 60
+# The convolution on TPUs: tokens of a block that are not 1,024, and what is left of jumps.
+CONV_TOKENS, SMALLEST_CONV = {"v4": 512}, 50
 
 
 def compile_here(op: str, target: str, runs: int = 1) -> None:
@@ -50,6 +55,8 @@ def compile_here(op: str, target: str, runs: int = 1) -> None:
         kernels.compile_selective_scan(target, *size, 16, summaries=target == kernels.GPU)
     elif op == "ssd":
         kernels.compile_ssd(target, *((2**20, 32) if target == kernels.GPU else (2048, 8 * cores)), 64, 1, 128)
+    elif op == "causal_conv":
+        kernels.compile_causal_conv(target, 2**14, 2048 * cores)
     else:
         kernels.compile_attention(target, 2**17, 2, 1, 128, runs, plain=target == kernels.GPU)
 
@@ -74,7 +81,7 @@ def counted(op: str, target: str) -> dict[str, Any]:
         return counts[op](sass.of_program("lcx.planning.kernel_counts", op, target, "1")[0])
     with tempfile.TemporaryDirectory() as folder:
         compile_into(folder, op, target)
-        return counts[op](folder)
+        return counts[op](folder, target)
 
 
 # Bundles, from a folder.
@@ -107,6 +114,27 @@ def tpu_ssd(folder: str | os.PathLike) -> dict[str, float]:
         return (of_block / 4 + sum(of_chunk) - 0.25 * sum(sweep)) / (128 * 8)
 
     return dict(forward=of("lcx_ssd", 0), backward=of("lcx_ssd_backward", 1))
+
+
+def tpu_conv(folder: str | os.PathLike, target: str) -> dict[str, dict[str, float]]:
+    """By pass of a token in a part of 128 in which no document starts (`plain`), and in one where one does (`asking`).
+
+    In the loop over programs stand one that writes words down and one over groups of 128 channels, and in that those over parts:
+    one forward, two backward. Each has two bodies, for parts that ask for documents and for those that do not.
+    """
+
+    def of(kernel: str, loops: int) -> dict[str, float]:
+        blocks = bundles.blocks(folder, kernel)
+        of_program, of_group, of_part = ([block.bundles for block in blocks if block.loops == n] for n in (1, 2, 3))
+        bodies, fills = ([count for count in counts if count > SMALLEST_CONV] for counts in (of_part, of_group))
+        if (len(bodies), len(fills)) != (2 * loops, 1) or max(block.loops for block in blocks) != 3:
+            raise ValueError(f"{kernel} has loops of {fills} and of {bodies} bundles, where 1 and {2 * loops} are known")
+        parts, (fill,) = sum(of_part) - sum(bodies), fills
+        tokens = CONV_TOKENS.get(target, 1024)
+        around = 8 * parts / 128 + (8 * (sum(of_group) - fill) + sum(of_program)) / tokens
+        return dict(plain=8 * sum(bodies[1::2]) / 128 + around, asking=(8 * sum(bodies[::2]) + fill) / 128 + around)
+
+    return dict(forward=of("lcx_causal_conv", 1), backward=of("lcx_causal_conv_backward", 2))
 
 
 def tpu_attention(folder: str | os.PathLike) -> dict[str, list[bundles.Block]]:
@@ -165,15 +193,34 @@ def _repeated(code: sass.Code) -> int:
 
 
 TPU_COUNTS = dict(
-    selective_scan=tpu_scan,
-    ssd=tpu_ssd,
-    attention=lambda folder: {way: [block.bundles for block in found] for way, found in tpu_attention(folder).items()},
+    selective_scan=lambda folder, _: tpu_scan(folder),
+    ssd=lambda folder, _: tpu_ssd(folder),
+    causal_conv=tpu_conv,
+    attention=lambda folder, _: {way: [block.bundles for block in found] for way, found in tpu_attention(folder).items()},
 )
 GPU_COUNTS = dict(selective_scan=gpu_scan, ssd=gpu_ssd, attention=gpu_attention)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(counted(*sys.argv[1:])))
+def run(argv: list[str]) -> None:
+    """Prints what is counted; or, told how many runs, compiles only.
+
+    Raises:
+      UserError: arguments that are missing, or that nothing is counted for.
+    """
+    parser = command.Parser(prog="python -m lcx.planning.kernel_counts", description=__doc__.splitlines()[0])
+    parser.add_argument("op", help=", ".join(COUNTED))
+    parser.add_argument("target", help=", ".join([*kernels.TPUS, kernels.GPU]))
+    parser.add_argument("runs", nargs="?", type=int, help="compile only, attention over so many runs")
+    given = parser.parse_args(argv)
+    if given.target not in (targets := [*kernels.TPUS, kernels.GPU]):
+        raise unknown("target", given.target, targets)
+    if given.op not in (ops := GPU_COUNTS if given.target == kernels.GPU else TPU_COUNTS):
+        raise unknown(f"{given.target}: op", given.op, ops)
+    if given.runs is None:
+        print(json.dumps(counted(given.op, given.target)))
     else:
-        compile_here(*sys.argv[1:3], int(sys.argv[3]))
+        compile_here(given.op, given.target, given.runs)
+
+
+if __name__ == "__main__":
+    command.main(run)

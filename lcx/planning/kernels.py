@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from lcx.ops import selective_scan, ssd
+from lcx.ops import causal_conv, selective_scan, ssd
 from lcx.ops.attention import attention_backend
 from lcx.ops.recurrence import marks
 from lcx.ops.recurrence_backend import recurrence_backend
@@ -116,6 +116,19 @@ def _recurrence(op: str, here: Target, spec: Any, inputs: Any, passes: bool, sum
         return found
 
     return run
+
+
+def compile_causal_conv(
+    target: str, S: int, E: int, dtype: Any = "bfloat16", *, plain: bool = False
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """Both passes of one row of the convolution of 4 taps with silu, each a program of its own; `plain` as above."""
+    here, spec = Target(target), causal_conv.ConvSpec("silu")
+    x, segments = here.array(1, S, E, dtype=dtype), None if plain else here.array(1, S, dtype="int32")
+    inputs = causal_conv.Inputs(x, here.array(E, 4), here.array(E), here.array(1, 3, E, dtype=dtype), segments)
+    with here.tracing():
+        backend = recurrence_backend("causal_conv", "triton" if here.gpu else "mosaic_tpu", spec, inputs)
+    passes = functools.partial(backend.forward, spec=spec), functools.partial(backend.backward, spec=spec)
+    return here.compile(passes[0], inputs), here.compile(passes[1], inputs, x)
 
 
 def compile_attention(target: str, S: int, H: int, G: int, K: int, runs: int = 1, *, plain: bool = False) -> jax.stages.Compiled:
