@@ -2,8 +2,8 @@
 
 Order grows within a run and documents are intervals of it, so the tiles of one run that a tile sees stand next to each other,
 and so do those among them that need no mask. Only the tiles of sink tokens may stand apart, in front. Memory is in proportion
-to the number of tiles, not of pairs; but with sinks, which are looked for in front of what was found, XLA keeps two bytes a pair:
-8 MiB for a million tokens of a device, 128 MiB for four.
+to the number of tiles, not of pairs; but with sinks, which are looked for in front of what was found, XLA may keep two bytes a
+pair: none for two million tokens of a device, 128 MiB for four.
 """
 
 import dataclasses

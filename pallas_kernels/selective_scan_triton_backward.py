@@ -156,7 +156,7 @@ def backward_kernel(
             next_elapsed, next_stretch = elapsed + (mine + 1) * E_PADDED, stretch + (mine + 1) * STATE
             g = behind(g, A, slow, next_elapsed, next_stretch, entry, d, d < E, 1, later, STATE, E_PADDED)
         tl.store(dstates + entry, g)
-        tl.store(dstates + STATE + entry, tl.where(d < 0, g, 0.0))
+        tl.store(dstates + STATE + entry, tl.where(d < 0, g, 0.0))  # 0, whatever g is
         tl.store(dchannels + first + channel, channel * 0.0)
         tl.store(dchannels + E_PADDED + first + channel, channel * 0.0)
 

@@ -30,7 +30,7 @@ class Cut:
         self.inputs, self.spec = inputs, spec
         self.B, self.S, self.E = inputs.u_BSE.shape
         self.states = inputs.A_EN.shape[1]
-        self.N = max(4, triton.next_power_of_2(self.states))
+        self.N = max(8, triton.next_power_of_2(self.states))  # with 4 the backward pass would take 84 KiB of shared memory
         self.chunks = -(-self.S // CHUNK)
         # All states of a channel are in one thread, and of that two channels as long as both fit the registers.
         self.neighbours = 2 if self.N <= 16 else 1

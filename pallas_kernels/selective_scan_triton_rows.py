@@ -1,4 +1,7 @@
-"""What the backward pass of the selective scan on GPUs computes for tokens and channels, and not for states: rows."""
+"""What the backward pass of the selective scan on GPUs computes for tokens and channels, and not for states: rows.
+
+What stands at padding is finite, as `lcx.ops.selective_scan` asks.
+"""
 
 import triton.language as tl
 
@@ -13,10 +16,10 @@ def row_of(at, inside):
 
 
 @jit
-def put_rows_of_states(given, t, d, left, kept, dts, xs, at, SOFTPLUS: tl.constexpr):
+def put_rows_of_states(given, t, within, left, kept, dts, xs, at, SOFTPLUS: tl.constexpr):
     """Puts what the states need of a group into shared memory, and its step sizes for later."""
     u, dt, codes, bias = given
-    inside = (t < left)[:, None] & d
+    inside = (t < left)[:, None] & within
     code = None
     if codes is not None:
         code = tl.load(codes + t)[:, None]
@@ -27,7 +30,7 @@ def put_rows_of_states(given, t, d, left, kept, dts, xs, at, SOFTPLUS: tl.conste
 
 
 @jit
-def put_rows(given, t, d, left, step, rows, at, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr):
+def put_rows(given, t, within, left, step, rows, at, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Puts what a group needs into shared memory: dt of the decay, x, dy behind the gate, and what its ddt is multiplied by.
 
     Returns u, and what the gradient of the gate is multiplied by.
@@ -38,7 +41,7 @@ def put_rows(given, t, d, left, step, rows, at, GROUP: tl.constexpr, SOFTPLUS: t
         code = tl.load(codes + t)
         real = real & (code >= REAL)
         decay = tl.where((code == RESET)[:, None], FOREVER, step)
-    real, inside = real[:, None], (t < left)[:, None] & d
+    real, inside = real[:, None], (t < left)[:, None] & within
     slope = 1.0
     if SOFTPLUS:  # sigmoid(x) = exp(x - softplus(x)), which is as good for small steps as for large
         slope = tl.exp2((row_of(dt + at, inside) + tl.load(bias)[None, :] - step) * LOG2E)

@@ -38,7 +38,7 @@ def channel_parts_layout(N, BLOCK):
 
 @triton.constexpr_function
 def channel_parts_places(N, BLOCK):
-    """Numbers of 4 states change places, otherwise in each row of banks (32): of those who store a line none meet in a bank."""
+    """Numbers of 4 states change places, otherwise in each row of banks (32): up to N=16 none who store a line meet in a bank."""
     lines = max(1, 32 // N)
     return gl.SwizzledSharedLayout(4, lines, max(1, min(N // 4, BLOCK // 4 // lines)), [1, 0])
 

@@ -76,7 +76,7 @@ def _as_written(backend):
         def make_ttir(self, module, *_):
             return module
 
-        def make_ttgir(self, module, metadata, options, capability):
-            return self.gluon_to_ttgir(module, metadata, options, capability)
+        def make_ttgir(self, module, metadata, options, *more):
+            return self.gluon_to_ttgir(module, metadata, options, *more)
 
     return AsWritten

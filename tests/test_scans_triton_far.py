@@ -77,7 +77,7 @@ def test_the_selective_scan_backward(scan_cut):
         inputs, dy = scan_inputs(front)
         chunks = -(-(front + TAIL) // selective_scan_triton_cut.CHUNK)
         dfinal = jnp.asarray(normal(np.random.default_rng(3), 1, WIDTH, 2))
-        starts = states_in_front(1, chunks, 4, WIDTH)
+        starts = states_in_front(1, chunks, 8, WIDTH)
         selective_scan_triton.backward(inputs, starts, dy, dfinal, spec=selective_scan.ScanSpec())
 
     compare_far(call, FRONT, lcx_selective_scan_backward="u dt z dy du ddt dz")

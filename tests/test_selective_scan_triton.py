@@ -32,7 +32,7 @@ SHORT = dict(CHUNK=8, GROUP=2, UNROLLED=4, SHORTEST=8)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Chunks and segments of 8 tokens, so that short rows have several; groups of 4, so that some are not full."""
+    """Chunks and segments of 8 tokens, so that short rows have several; groups of 2; 4 to a turn, so that some are not full."""
     for name, tokens in SHORT.items():
         monkeypatch.setattr(selective_scan_triton_cut, name, tokens)
 

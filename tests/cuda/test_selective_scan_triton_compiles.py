@@ -28,14 +28,17 @@ CASES = {
     "packed": dict(),
     "plain": dict(plain=True),
     "float32": dict(dtype="float32"),
+    "8_states": dict(N=8, E=256, S=65_536),
+    "32_states": dict(N=32, E=256, S=65_536),
     "64_states": dict(N=64, E=256, S=65_536),
     "tails": dict(S=MILLION - 5, E=2000),
+    "odd": dict(S=65_536, E=255),
     "4_billion_numbers": dict(S=2**22, E=1024),
 }
 
 
 # Bytes that spill all the same, though in front of the loop.
-SPILLS = {("tails", "forward"): 4}
+SPILLS = {("tails", "forward"): 4, ("odd", "forward"): 12}
 
 
 def compile_over_devices() -> jax.stages.Compiled:
@@ -87,17 +90,14 @@ def test_instructions_forward():
 
 
 def test_instructions_backward():
-    """At most three times forward. Sums stay in threads and go through shared memory: in Gluon by its own passes.
-
-    The twin: compiled by the passes of Triton proper, 400 exchanges between threads stand in the reverse loop.
-    """
+    """At most three times forward. Sums stay in threads and go through shared memory: in Gluon by its own passes, where those of
+    Triton proper put exchanges between threads into the loops."""
     for name in ("packed", "plain"):
         found = compiled(name)[0]
         counts, loops = gpu_scan(found), found["backward"][0].longest().inside
         assert 2.5 <= counts["backward"] / counts["forward"] <= (3 if name == "packed" else 3.05)
         for loop in loops:
             assert loop.instructions["SHFL"] == 0 and loop.instructions["LDS"] > 0
-    assert found["backward"][0].registers == 255
 
 
 def test_memory_for_a_million_tokens():
