@@ -156,6 +156,7 @@ def test_only_the_arguments_are_kept_for_the_backward_pass():
     assert memory.output_size_in_bytes <= memory.argument_size_in_bytes + 4 * E * W + S
 
 
+@pytest.mark.slow  # `auto` takes the kernels there
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: compiling for TPUs needs pip install 'lcx[plan]' (libtpu)"
 )
