@@ -8,8 +8,7 @@ import triton
 
 # Tokens between two states that are kept for the backward pass: 1 KiB a token at E=2048, N=16.
 CHUNK = 128
-# Tokens of a chunk whose values by channel the backward pass has in memory at a time, and of those whose states it has in
-# registers; tokens of the other kernels between two branches.
+# Tokens whose states the backward pass has in registers at a time; tokens of the other kernels between two branches.
 GROUP, UNROLLED = 4, 8
 # Programs, each of one warp, that keep a large GPU busy: 132 processors of 4 schedulers with 4 warps, and with 2 where a warp
 # takes all the registers that it can address.
@@ -35,10 +34,9 @@ class Cut:
         # All states of a channel are in one thread, and of that two channels as long as both fit the registers.
         self.neighbours = 2 if self.N <= 16 else 1
         self.block = 64 if self.N <= 16 else 32 if self.N <= 32 else 16
+        self.E_padded = -(-self.E // self.block) * self.block  # whole blocks of the backward pass too, which are no wider
         # Backward a thread holds 4 states of 4 channels: sums over channels and sums over states then both cross few threads.
         self.backward_block = 512 // self.N
-        whole = max(self.block, self.backward_block)
-        self.E_padded = -(-self.E // whole) * whole
 
     def segments(self, programs: int, wanted: int) -> tuple[int, int]:
         """(tokens of a segment, segments of a row) where every segment of every row takes that many programs."""

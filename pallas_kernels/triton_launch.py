@@ -68,7 +68,7 @@ def launch(
     Under `vmap` it runs once for each entry.
 
     Args:
-      kernel: under `triton.jit`; its parameters are the names of inputs, outputs and constants.
+      kernel: under `triton.jit` or `triton_shared.jit`; its parameters are the names of inputs, outputs and constants.
       name: of the kernel in profiles.
       grid: programs, at most 3 numbers.
       inputs, outputs: those that are None are None in the kernel too. bool arrives as int8.
